@@ -1,0 +1,212 @@
+"""The problems that are measured and the table of contenders that solve them."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kldiv_ext
+import kldiv_ext.reference
+
+TEMPERATURE = 2.0
+BETA, SKEW, ALPHA = 0.5, 0.1, 0.5
+# The variants of op "kl_div"; op "distillation_loss" has kldiv_ext.DIVERGENCES.
+LOG_TARGETS = ("log_target=False", "log_target=True")
+# Elements that the fp64 reference takes at a time, so that its memory does not limit the shapes.
+REFERENCE_CHUNK = 2**23
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One loss on one shape and dtype: the mean over rows, with a gradient to the student."""
+
+    op: str
+    divergence: str
+    rows: int
+    vocab: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def log_target(self) -> bool:
+        return self.divergence == "log_target=True"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} {self.divergence} {self.rows}x{self.vocab} {dtype}"
+
+
+def make_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
+    """A student that resembles its teacher a little: logits, or (log-)probabilities for kl_div."""
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def noise() -> Tensor:
+        shape = (problem.rows, problem.vocab)
+        return torch.randn(shape, generator=generator, device=problem.device)
+
+    teacher = noise().mul_(4)
+    student = noise().mul_(0.5).add_(teacher)
+    if problem.op == "kl_div":
+        student = student.log_softmax(-1)
+        teacher = teacher.log_softmax(-1) if problem.log_target else teacher.softmax(-1)
+    return student.to(problem.dtype).requires_grad_(), teacher.to(problem.dtype)
+
+
+def reference(problem: Problem, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
+    """Loss and student gradient (stored as fp32) in fp64 from the rounded inputs."""
+    loss = 0.0
+    gradient = torch.empty_like(student, dtype=torch.float32)
+    step = max(1, REFERENCE_CHUNK // problem.vocab)
+    for start in range(0, problem.rows, step):
+        s = student[start : start + step].detach().double().requires_grad_()
+        t = teacher[start : start + step].double()
+        if problem.op == "kl_div":
+            part = kldiv_ext.reference.kl_div(s, t, reduction="sum", log_target=problem.log_target)
+        else:
+            part = kldiv_ext.reference.distillation_loss(s, t, reduction="sum", **_options(problem))
+        part = part / problem.rows
+        (gradient[start : start + step],) = torch.autograd.grad(part, s)
+        loss += part.item()
+    return loss, gradient
+
+
+def _options(problem: Problem) -> dict[str, object]:
+    return {
+        "divergence": problem.divergence,
+        "temperature": TEMPERATURE,
+        "beta": BETA,
+        "skew": SKEW,
+        "alpha": ALPHA,
+    }
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits / TEMPERATURE, dim=-1)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return F.softmax(logits / TEMPERATURE, dim=-1)
+
+
+def _forward_kl(s: Tensor, t: Tensor) -> Tensor:
+    return F.kl_div(_log_softmax(s), _softmax(t), reduction="batchmean")
+
+
+def _reverse_kl(s: Tensor, t: Tensor) -> Tensor:
+    return F.kl_div(_log_softmax(t), _log_softmax(s), reduction="batchmean", log_target=True)
+
+
+def _jeffreys(s: Tensor, t: Tensor) -> Tensor:
+    lq, lp = _log_softmax(s), _log_softmax(t)
+    return ((lp.exp() - lq.exp()) * (lp - lq)).sum(-1).mean()
+
+
+def _jsd(s: Tensor, t: Tensor) -> Tensor:
+    lq, lp = _log_softmax(s), _log_softmax(t)
+    p, q = lp.exp(), lq.exp()
+    lm = (BETA * p + (1 - BETA) * q).log()
+    to_p = F.kl_div(lm, p, reduction="batchmean")
+    to_q = F.kl_div(lm, lq, reduction="batchmean", log_target=True)
+    return BETA * to_p + (1 - BETA) * to_q
+
+
+def _skew_forward_kl(s: Tensor, t: Tensor) -> Tensor:
+    p = _softmax(t)
+    mixture = SKEW * p + (1 - SKEW) * _softmax(s)
+    return F.kl_div(mixture.log(), p, reduction="batchmean")
+
+
+def _skew_reverse_kl(s: Tensor, t: Tensor) -> Tensor:
+    lq = _log_softmax(s)
+    mixture = SKEW * lq.exp() + (1 - SKEW) * _softmax(t)
+    return F.kl_div(mixture.log(), lq, reduction="batchmean", log_target=True)
+
+
+def _total_variation(s: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * (_softmax(t) - _softmax(s)).abs().sum(-1).mean()
+
+
+def _alpha(s: Tensor, t: Tensor) -> Tensor:
+    affinity = (ALPHA * _log_softmax(t) + (1 - ALPHA) * _log_softmax(s)).exp().sum(-1)
+    return ((1 - affinity) / (ALPHA * (1 - ALPHA))).mean()
+
+
+# What is usually written in plain PyTorch.
+PLAIN: dict[str, Loss] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jeffreys": _jeffreys,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+    "alpha": _alpha,
+}
+
+
+def _kldiv_ext(problem: Problem) -> Loss:
+    if problem.op == "kl_div":
+        return lambda input, target: kldiv_ext.kl_div(
+            input, target, reduction="batchmean", log_target=problem.log_target
+        )
+    options = _options(problem)
+    return lambda s, t: kldiv_ext.distillation_loss(s, t, **options)
+
+
+def _eager(problem: Problem) -> Loss:
+    """Plain PyTorch in the dtype of the logits."""
+    if problem.op == "kl_div":
+        return lambda input, target: F.kl_div(input, target, reduction="batchmean", log_target=problem.log_target)
+    return PLAIN[problem.divergence]
+
+
+def _eager_float(problem: Problem) -> Loss | None:
+    """The same after `.float()`, as careful people write it. For fp32 logits it is `eager`."""
+    if problem.op == "kl_div" or problem.dtype == torch.float32:
+        return None
+    loss = _eager(problem)
+    return lambda s, t: loss(s.float(), t.float())
+
+
+def _compiled(build: Callable[[Problem], Loss | None]) -> Callable[[Problem], Loss | None]:
+    def build_compiled(problem: Problem) -> Loss | None:
+        loss = build(problem)
+        return None if loss is None else torch.compile(loss, dynamic=False)
+
+    return build_compiled
+
+
+def _liger(problem: Problem) -> Loss | None:
+    """Liger-Kernel takes (log-)probabilities, so from logits PyTorch's softmaxes come first."""
+    if problem.device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss, LigerTVDLoss  # type: ignore[import-not-found]
+
+    kl: Loss = LigerKLDIVLoss(reduction="batchmean", log_target=problem.log_target)
+    if problem.op == "kl_div":
+        return kl
+    if problem.divergence == "forward_kl":
+        return lambda s, t: kl(_log_softmax(s), _softmax(t))
+    if problem.divergence == "total_variation":
+        tvd = LigerTVDLoss()
+        return lambda s, t: tvd(_softmax(s), _softmax(t))
+    if problem.divergence in ("jsd", "reverse_kl"):  # its JSD at beta 1 is reverse KL
+        jsd = LigerJSD(beta=BETA if problem.divergence == "jsd" else 1.0)
+        return lambda s, t: jsd(_log_softmax(s), _log_softmax(t))
+    return None
+
+
+# A contender gives its loss for a problem, or None where it has nothing for it.
+CONTENDERS: dict[str, Callable[[Problem], Loss | None]] = {
+    "kldiv_ext": _kldiv_ext,
+    "eager": _eager,
+    "eager_float": _eager_float,
+    "compile": _compiled(_eager),
+    "compile_float": _compiled(_eager_float),
+    "liger": _liger,
+}

@@ -1,0 +1,265 @@
+"""Plots and README tables from the committed results: `python -m benchmarks.report [--check]`."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKED = re.compile(r"(<!-- benchmark:(\S+) begin -->\n).*?(<!-- benchmark:\2 end -->)", re.DOTALL)
+
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # as tables are named, as results name it
+UNMEASURED = {
+    "cpu": "The speed of the CPU kernels has not been measured yet.",
+    "gpu": "The speed of the CUDA kernels has not been measured yet.",
+}
+
+Row = dict[str, Any]
+Run = dict[str, Any]
+Select = Callable[[list[Row]], list[Row]]
+
+
+def _time_cell(row: Row) -> str:
+    times = f"{_number(row['ms_p50'])} ms"
+    if row["contender"] == "kldiv_ext":
+        return times
+    ratio = row["ratio"]
+    return f"{times} ({ratio:.0f}x)" if ratio >= 10 else f"{times} ({ratio:.2g}x)"
+
+
+def _memory_cell(row: Row) -> str:
+    size = row["peak_extra_bytes"]
+    return "not measured" if size is None else f"{_number(size / 1e6)} MB"
+
+
+def _accuracy_cell(row: Row) -> str:
+    return f"{row['grad_error']:.1e}"
+
+
+def _is_forward_kl(row: Row) -> bool:
+    return (row["op"], row["divergence"]) == ("distillation_loss", "forward_kl")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which rows of a run a table shows, what labels its lines, and what its cells say."""
+
+    select: Select
+    labels: tuple[str, ...]
+    cell: Callable[[Row], str]
+    last_column: tuple[str, Callable[[Row], str]] | None
+    caption: str
+
+
+def _summary(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if _is_forward_kl(row)]
+
+
+def _backward(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["mode"] == "forward_backward"]
+
+
+def _summary_backward(rows: list[Row]) -> list[Row]:
+    return _backward(_summary(rows))
+
+
+def _divergences(rows: list[Row]) -> list[Row]:
+    """All divergences of the first shape and dtype that more than forward_kl was measured for."""
+    rows = [row for row in rows if row["op"] == "distillation_loss"]
+    for first in rows:
+        if not _is_forward_kl(first):
+            return [row for row in rows if _setting(row) == _setting(first)]
+    return []
+
+
+def _divergences_backward(rows: list[Row]) -> list[Row]:
+    return _backward(_divergences(rows))
+
+
+def _kl_div(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["op"] == "kl_div"]
+
+
+def _setting(row: Row) -> tuple[int, int, str]:
+    return row["rows"], row["vocab"], row["dtype"]
+
+
+_SHARE = ("share of copy bandwidth", lambda row: f"{row['share']:.0%}")
+_TIMES = "Median time; in brackets, how many times that of kldiv_ext."
+TABLES = {
+    "summary": Table(_summary, ("shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
+    "divergences": Table(_divergences, ("divergence", "shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
+    "kl_div": Table(_kl_div, ("divergence", "shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
+    "memory": Table(
+        _summary_backward,
+        ("shape", "dtype"),
+        _memory_cell,
+        ("of which the gradient", lambda row: f"{_number(row['gradient_bytes'] / 1e6)} MB"),
+        "Peak memory of forward and backward beyond the two inputs.",
+    ),
+    "accuracy": Table(
+        _summary_backward,
+        ("shape", "dtype"),
+        _accuracy_cell,
+        None,
+        "Relative L2 error of the student gradient against fp64.",
+    ),
+}
+LABELS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "shape": ("rows x vocabulary", lambda row: f"{row['rows']} x {row['vocab']}"),
+    "dtype": ("dtype", lambda row: row["dtype"]),
+    "mode": ("mode", lambda row: row["mode"].replace("_", " + ")),
+    "divergence": ("variant", lambda row: f"`{row['divergence']}`"),
+}
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.3f}"
+
+
+def _newest(results: Path, device: str, select: Select) -> Run | None:
+    """The newest run on that device with a time among the selected rows."""
+    runs: list[Run] = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    for run in sorted(runs, key=lambda run: run["date"], reverse=True):
+        timed = any("ms_p50" in row for row in select(run["results"]))
+        if timed and run["machine"]["device"] == device:
+            return run
+    return None
+
+
+def _markdown(table: Table, run: Run) -> str:
+    """One line per problem and mode, one column per contender."""
+    rows = table.select(run["results"])
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    lines: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(LABELS[label][1](row) for label in table.labels)
+        lines.setdefault(key, {})[row["contender"]] = row
+    header = [LABELS[label][0] for label in table.labels] + contenders
+    if table.last_column:
+        header.insert(len(table.labels) + 1, table.last_column[0])
+    text = [header, ["---"] * len(header)]
+    for key, by_contender in lines.items():
+        cells = [_cell(table.cell, by_contender.get(name)) for name in contenders]
+        if table.last_column:
+            cells.insert(1, _cell(table.last_column[1], by_contender.get("kldiv_ext")))
+        text.append([*key, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in text)
+
+
+def _cell(cell: Callable[[Row], str], row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if "ms_p50" in row:
+        return cell(row)
+    return "wrong" if row["status"] == "WRONG" else "failed"
+
+
+def _caption(table: Table, run: Run) -> str:
+    machine = run["machine"]
+    name = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    bandwidth = machine["copy_bytes_per_second"] / 1e9
+    return (
+        f"{table.caption} {name}; copy bandwidth {_number(bandwidth)} GB/s; "
+        f"torch {run['versions']['torch']}; {run['date'][:10]}, "
+        f"commit {(run['commit'] or 'unknown')[:12]}; `{run['command']}`."
+    )
+
+
+def generate(name: str, results: Path) -> str:
+    """The text of one table, for example "cpu-summary"."""
+    device, _, kind = name.partition("-")
+    if device not in DEVICES or kind not in TABLES:
+        raise ValueError(f"no benchmark table is called {name!r}")
+    run = _newest(results, DEVICES[device], TABLES[kind].select)
+    if run is None:
+        return UNMEASURED[device]
+    return _markdown(TABLES[kind], run) + "\n\n" + _caption(TABLES[kind], run)
+
+
+def render(readme: str, results: Path) -> str:
+    """The README with the text between all benchmark markers made anew."""
+    text, found = MARKED.subn(lambda m: f"{m[1]}{generate(m[2], results)}\n{m[3]}", readme)
+    if found != readme.count("<!-- benchmark:") / 2:
+        raise ValueError("the README has a benchmark marker without its partner")
+    return text
+
+
+def plot(results: Path) -> list[Path]:
+    """Two plots per measured device: time per divergence and share of the copy bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    (results / "plots").mkdir(exist_ok=True)
+    written = []
+    for device, name in DEVICES.items():
+        for select, field in ((_divergences_backward, "ratio"), (_summary_backward, "share")):
+            run = _newest(results, name, select)
+            if run is not None:
+                written.append(results / "plots" / f"{device}-{field}.png")
+                _bars(select(run["results"]), run, field, written[-1])
+    return written
+
+
+def _bars(rows: list[Row], run: Run, field: str, path: Path) -> None:
+    """Horizontal bars, one group per divergence or shape, one colour per contender."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "ms_p50" in row]
+    setting = "{} x {} {}".format(*_setting(rows[0]))
+    if field == "ratio":
+        title, label = f"Divergences, {setting}", "time relative to kldiv_ext (less is better)"
+    else:
+        title = "forward_kl"
+        label = "share of copy bandwidth, counted at the fewest bytes (%, more is better)"
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if field == "ratio":
+            group, value = row["divergence"], row["ratio"]
+        else:
+            group, value = "{} x {}\n{}".format(*_setting(row)), 100 * row["share"]
+        groups.setdefault(group, {})[row["contender"]] = value
+    height = 1.2 + 0.2 * len(groups) * (len(contenders) + 1)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    thickness = 0.8 / len(contenders)
+    for i, contender in enumerate(contenders):
+        bars = {g: v[contender] for g, v in enumerate(groups.values()) if contender in v}
+        centres = [g + (i + 0.5) * thickness - 0.4 for g in bars]
+        drawn = axes.barh(centres, list(bars.values()), height=thickness, label=contender)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel(label)
+    machine = run["machine"]["gpu"] or run["machine"]["cpu"]
+    axes.set_title(f"{title}, forward + backward\n{machine}, {run['date'][:10]}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=len(contenders), fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
+    args = parser.parse_args(argv)
+    readme = README.read_text(encoding="utf-8")
+    text = render(readme, RESULTS)
+    if args.check:
+        if text != readme:
+            print("README.md differs: run python -m benchmarks.report", file=sys.stderr)
+        return int(text != readme)
+    README.write_text(text, encoding="utf-8")
+    for path in plot(RESULTS):
+        print(path.relative_to(README.parent))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+// What a kernel is told: pointers, shapes, strides and options. The border between torch and the kernels,
+// which know nothing of it.
+#pragma once
+
+#include <string_view>
+
+#include "platform.h"
+
+namespace kldiv {
+
+enum class Dtype : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// Where the rows of an n-D tensor start: its leading dimensions, adjacent ones merged where strides allow.
+struct RowLayout {
+  static constexpr int kMaxDims = 8;
+  int dims = 0;
+  int64_t sizes[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};
+  int64_t column_stride = 1;
+
+  KLDIV_HD int64_t offset(int64_t row) const {
+    int64_t total = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t outer = row / sizes[d];
+      total += (row - outer * sizes[d]) * strides[d];
+      row = outer;
+    }
+    return dims > 0 ? total + row * strides[0] : 0;
+  }
+};
+
+struct Matrix {
+  const void* data = nullptr;  // [rows, columns]
+  Dtype dtype = Dtype::kFloat32;
+  RowLayout layout;
+};
+
+// An output: contiguous; not wanted where data is null.
+struct Output {
+  void* data = nullptr;  // [rows, columns]
+  Dtype dtype = Dtype::kFloat32;
+};
+
+// acc_t below is float, or double where either input is double.
+struct DistillationArgs {
+  Matrix student, teacher;          // logits
+  Output grad_student, grad_teacher;
+  int64_t rows = 0, columns = 0;
+  std::string_view divergence;
+  double parameter = 0;
+  double temperature = 1;
+  double scale = 1;                 // multiplies every row's loss and gradient
+  const void* row_scale = nullptr;  // [rows] acc_t, on top of scale; a row whose scale is 0 is never read
+  const void* grad_output = nullptr;  // acc_t, multiplies gradients; [rows] or, with stride 0, one for all
+  int64_t grad_output_stride = 0;
+  void* row_constants = nullptr;    // [rows, RowConstants::kCount] acc_t; written by forward, read by backward
+  void* row_loss = nullptr;         // [rows] acc_t; null in backward
+  void* loss = nullptr;             // [] acc_t, the sum of row_loss; or null
+  Dtype acc_dtype() const {
+    return student.dtype == Dtype::kFloat64 || teacher.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  }
+};
+
+// KL divergence of given log-probabilities. Forward where `loss` or `output` is set, backward where a gradient is.
+struct PointwiseArgs {
+  Matrix input, target;    // log-probabilities; probabilities or, with log_target, their logarithms
+  bool log_target = false;
+  int64_t rows = 0, columns = 0;
+  double scale = 1;        // multiplies loss and gradients
+  Output output;         // the terms one by one, for reduction="none"
+  void* loss = nullptr;    // [] acc_t
+  void* partials = nullptr;  // scratch of the sum, acc_t: as many as the device asks for
+  Matrix grad_output;      // any strides, also all 0
+  Output grad_input, grad_target;
+  Dtype acc_dtype() const {
+    return input.dtype == Dtype::kFloat64 || target.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  }
+};
+
+// gradient *= factor, in place; nothing is written where the factor is 1.
+struct ScaleArgs {
+  Output gradient;
+  int64_t count = 0;
+  const void* factor = nullptr;  // [] factor_dtype
+  Dtype factor_dtype = Dtype::kFloat32;
+};
+
+}  // namespace kldiv

@@ -1,0 +1,401 @@
+// How rows are walked on a CPU: chunk by chunk, converted to acc_t in the L1 cache, vector by vector.
+// Included once per instruction set.
+#pragma once
+
+#include <memory>
+
+#include "../row_state.h"
+#include "../scalar_types.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace kldiv::cpu {
+inline namespace KLDIV_ISA {
+
+template <typename acc_t>
+int padded(int64_t n) {
+  return static_cast<int>((n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>);
+}
+
+// One chunk of a row as acc_t, filled up to whole vectors with `padding`: the row itself where it can be
+// used as it lies, else a converted copy in `buffer` [kChunk].
+template <typename acc_t>
+const acc_t* stage(const Matrix& matrix, int64_t row_offset, int64_t begin, int64_t n, acc_t padding, acc_t* buffer) {
+  const int64_t stride = matrix.layout.column_stride;
+  const acc_t* staged = buffer;
+  dispatch_dtype(matrix.dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    const scalar_t* source = static_cast<const scalar_t*>(matrix.data) + row_offset + begin * stride;
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (stride == 1 && n % kLanes<acc_t> == 0) {
+        staged = source;
+        return;
+      }
+    }
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) buffer[i] = widen<acc_t>(source[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) buffer[i] = widen<acc_t>(source[i * stride]);
+    }
+    for (int64_t i = n; i < padded<acc_t>(n); ++i) buffer[i] = padding;
+  });
+  return staged;
+}
+
+// Where the results of one chunk go: the output itself where it takes acc_t as it is, else a buffer that
+// commit() converts.
+template <typename acc_t>
+class Sink {
+ public:
+  acc_t* open(const Output& output, Dtype acc_dtype, int64_t offset, int64_t n) {
+    output_ = &output;
+    offset_ = offset;
+    n_ = n;
+    direct_ = output.dtype == acc_dtype && n % kLanes<acc_t> == 0;
+    return direct_ ? static_cast<acc_t*>(output.data) + offset : buffer_;
+  }
+
+  void commit() const {
+    if (direct_) return;
+    dispatch_dtype(output_->dtype, [&](auto type) {
+      using scalar_t = decltype(type);
+      scalar_t* out = static_cast<scalar_t*>(output_->data) + offset_;
+      for (int64_t i = 0; i < n_; ++i) out[i] = narrow<scalar_t>(buffer_[i]);
+    });
+  }
+
+ private:
+  const Output* output_;
+  int64_t offset_, n_;
+  bool direct_ = true;
+  alignas(64) acc_t buffer_[kChunk];
+};
+
+inline void fill_zero(const Output& output, int64_t offset, int64_t n) {
+  if (output.data == nullptr) return;
+  dispatch_dtype(output.dtype, [&](auto type) {
+    __builtin_memset(static_cast<decltype(type)*>(output.data) + offset, 0, n * sizeof(type));
+  });
+}
+
+// parts[0] <- parts[0] + ... + parts[n - 1], as a balanced tree.
+template <typename Part, typename Merge>
+Part fold(Part* parts, int64_t n, const Merge& merge) {
+  for (int64_t width = 1; width < n; width *= 2) {
+    for (int64_t i = 0; i + width < n; i += 2 * width) parts[i] = merge(parts[i], parts[i + width]);
+  }
+  return parts[0];
+}
+
+template <typename Body>
+void parallel_for(const Threads& threads, int64_t n, int64_t grain, const Body& body) {
+  if (threads.count == 1 || n <= grain) {
+    body(0, n);
+    return;
+  }
+  threads.parallel_for(
+      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+// ---------------------------------------------------------------- divergences from logits
+
+// Phase 1 over one chunk.
+template <typename acc_t>
+LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature) {
+  using V = Vec<acc_t>;
+  V largest = -infinity<V>();
+  for (int i = 0; i < n; i += kLanes<acc_t>) largest = maximum(largest, load(x + i));
+  LogSumExp<acc_t> state;
+  state.max = max_lanes(largest);
+  const acc_t offset = state.offset();
+  V sum{};
+  for (int i = 0; i < n; i += kLanes<acc_t>) sum += exp((load(x + i) - offset) * inverse_temperature);
+  state.sum = sum_lanes(sum);
+  return state;
+}
+
+// Phases 2 and 3 over one chunk, together or one by one.
+template <bool kSums, bool kGradients, bool kTeacher, typename acc_t, typename Divergence>
+RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
+                        const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
+                        acc_t* grad_teacher) {
+  using V = Vec<acc_t>;
+  RowSums<V> sums;
+  for (int i = 0; i < n; i += kLanes<acc_t>) {
+    const Pair<V> x = make_pair(load(teacher + i), load(student + i), row, inverse_temperature);
+    if constexpr (kSums) {
+      sums.term += divergence.term(x);
+      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += divergence.grad_q(x);
+      if constexpr (kTeacher && !Divergence::kGradPSumsToZero) sums.grad_p += divergence.grad_p(x);
+    }
+    if constexpr (kGradients) {
+      if (!kTeacher || grad_student != nullptr) {
+        V gradient = divergence.grad_q(x);
+        if constexpr (!Divergence::kGradQSumsToZero) gradient = gradient - x.student() * row.sum_grad_q;
+        store(grad_student + i, gradient * factor);
+      }
+      if constexpr (kTeacher) {
+        V gradient = divergence.grad_p(x);
+        if constexpr (!Divergence::kGradPSumsToZero) gradient = gradient - x.teacher() * row.sum_grad_p;
+        store(grad_teacher + i, gradient * factor);
+      }
+    }
+  }
+  return {sum_lanes(sums.term), sum_lanes(sums.grad_q), sum_lanes(sums.grad_p)};
+}
+
+// One row, its chunks visited by `for_each_chunk(body)`: in order, or on several threads.
+template <typename acc_t, typename Divergence>
+class RowWalk {
+ public:
+  RowWalk(const DistillationArgs& args, const Divergence& divergence)
+      : args_(args),
+        divergence_(divergence),
+        inverse_temperature_(static_cast<acc_t>(1 / args.temperature)),
+        chunks_(chunks_of(args.columns)),
+        states_(new RowState<acc_t>[chunks_]),
+        sums_(new RowSums<acc_t>[chunks_]) {}
+
+  template <typename ForEachChunk>
+  void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
+    acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
+    auto* constants = static_cast<RowConstants<acc_t>*>(args_.row_constants) + row;
+    acc_t scale = static_cast<acc_t>(args_.scale);
+    if (args_.row_scale) scale *= static_cast<const acc_t*>(args_.row_scale)[row];
+    if (scale == 0) {  // a position that does not count is not read
+      fill_zero(args_.grad_student, row * args_.columns, args_.columns);
+      fill_zero(args_.grad_teacher, row * args_.columns, args_.columns);
+      if (loss) {
+        *loss = 0;
+        *constants = RowConstants<acc_t>();
+      }
+      return;
+    }
+    const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
+    const bool teacher = args_.grad_teacher.data != nullptr;
+    if (loss) {
+      for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk); });
+      *constants = RowConstants<acc_t>(
+          fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, inverse_temperature_); }),
+          inverse_temperature_);
+    }
+    if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
+    // 0 * shift makes the whole row NaN where one of its logits is.
+    const acc_t factor = scale * inverse_temperature_ + 0 * constants->shift;
+    const bool together = Divergence::kGradQSumsToZero && gradients && !teacher;
+    if (loss) {
+      for_each_chunk(chunks_, [&](int64_t chunk) {
+        if (together) {
+          sums_[chunk] = pass<true, Divergence::kGradQSumsToZero, false>(row, chunk, *constants, factor);
+        } else if (teacher) {
+          sums_[chunk] = pass<true, false, true>(row, chunk, *constants, factor);
+        } else {
+          sums_[chunk] = pass<true, false, false>(row, chunk, *constants, factor);
+        }
+      });
+      const RowSums<acc_t> sums = fold(sums_.get(), chunks_, [](const auto& a, const auto& b) { return a + b; });
+      constants->set_sums(sums);
+      *loss = scale * sums.term;
+    }
+    if (gradients && !(loss && together)) {
+      for_each_chunk(chunks_, [&](int64_t chunk) {
+        if (teacher) {
+          pass<false, true, true>(row, chunk, *constants, factor);
+        } else {
+          pass<false, true, false>(row, chunk, *constants, factor);
+        }
+      });
+    }
+  }
+
+ private:
+  struct Chunk {
+    alignas(64) acc_t teacher_buffer[kChunk];
+    alignas(64) acc_t student_buffer[kChunk];
+    const acc_t* teacher;
+    const acc_t* student;
+    int64_t begin, size;
+    int padded_size;
+  };
+
+  void open(Chunk& chunk, int64_t row, int64_t index) const {
+    chunk.begin = index * kChunk;
+    chunk.size = args_.columns - chunk.begin < kChunk ? args_.columns - chunk.begin : kChunk;
+    chunk.padded_size = padded<acc_t>(chunk.size);
+    const acc_t padding = -infinity<acc_t>();  // a column with p = q = 0
+    chunk.teacher = stage(args_.teacher, args_.teacher.layout.offset(row), chunk.begin, chunk.size, padding,
+                          chunk.teacher_buffer);
+    chunk.student = stage(args_.student, args_.student.layout.offset(row), chunk.begin, chunk.size, padding,
+                          chunk.student_buffer);
+  }
+
+  RowState<acc_t> state(int64_t row, int64_t index) const {
+    Chunk chunk;
+    open(chunk, row, index);
+    return {log_sum_exp(chunk.teacher, chunk.padded_size, inverse_temperature_),
+            log_sum_exp(chunk.student, chunk.padded_size, inverse_temperature_)};
+  }
+
+  template <bool kSums, bool kGradients, bool kTeacher>
+  RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, acc_t factor) const {
+    Chunk chunk;
+    open(chunk, row, index);
+    const int64_t offset = row * args_.columns + chunk.begin;
+    Sink<acc_t> student_sink, teacher_sink;
+    acc_t *grad_student = nullptr, *grad_teacher = nullptr;
+    if (kGradients && args_.grad_student.data) {
+      grad_student = student_sink.open(args_.grad_student, args_.acc_dtype(), offset, chunk.size);
+    }
+    if (kGradients && kTeacher) {
+      grad_teacher = teacher_sink.open(args_.grad_teacher, args_.acc_dtype(), offset, chunk.size);
+    }
+    const RowSums<acc_t> sums = evaluate<kSums, kGradients, kTeacher>(
+        divergence_, constants, chunk.teacher, chunk.student, chunk.padded_size, inverse_temperature_, factor,
+        grad_student, grad_teacher);
+    student_sink.commit();
+    teacher_sink.commit();
+    return sums;
+  }
+
+  const DistillationArgs& args_;
+  const Divergence divergence_;
+  const acc_t inverse_temperature_;
+  const int64_t chunks_;
+  const std::unique_ptr<RowState<acc_t>[]> states_;
+  const std::unique_ptr<RowSums<acc_t>[]> sums_;
+};
+
+template <typename acc_t, typename Divergence>
+void distil_rows(const DistillationArgs& args, const Divergence& divergence, const Threads& threads) {
+  // Threads share out the rows; where there are too few of these, they share out the chunks of each.
+  if (args.rows >= 4 * threads.count || chunks_of(args.columns) == 1) {
+    const int64_t grain = 1 + 16384 / args.columns;
+    parallel_for(threads, args.rows, grain, [&](int64_t begin, int64_t end) {
+      const RowWalk<acc_t, Divergence> walk(args, divergence);
+      for (int64_t row = begin; row < end; ++row) {
+        walk(row, [](int64_t chunks, const auto& body) {
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
+        });
+      }
+    });
+  } else {
+    const RowWalk<acc_t, Divergence> walk(args, divergence);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      walk(row, [&](int64_t chunks, const auto& body) {
+        parallel_for(threads, chunks, 4, [&](int64_t begin, int64_t end) {
+          for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+        });
+      });
+    }
+  }
+  if (args.loss) {
+    // In double: a mean over a million rows should not be less exact than one row.
+    double total = 0;
+    for (int64_t row = 0; row < args.rows; ++row) total += static_cast<const acc_t*>(args.row_loss)[row];
+    *static_cast<acc_t*>(args.loss) = static_cast<acc_t>(total);
+  }
+}
+
+inline void distillation(const DistillationArgs& args, const Threads& threads) {
+  dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
+    if (args.acc_dtype() == Dtype::kFloat64) {
+      distil_rows<double>(args, divergence, threads);
+    } else {
+      distil_rows<float>(args, divergence, threads);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- the drop-in, element by element
+
+template <bool kLogTarget, typename acc_t>
+acc_t pointwise_chunk(const PointwiseArgs& args, int64_t row, int64_t begin, int64_t n) {
+  using KL = PointwiseKL<kLogTarget>;
+  using V = Vec<acc_t>;
+  alignas(64) acc_t target_buffer[kChunk], input_buffer[kChunk], grad_buffer[kChunk];
+  const acc_t scale = static_cast<acc_t>(args.scale);
+  const int64_t offset = row * args.columns + begin;
+  const int size = padded<acc_t>(n);
+  const acc_t* target = stage(args.target, args.target.layout.offset(row), begin, n,
+                              kLogTarget ? -infinity<acc_t>() : acc_t(0), target_buffer);
+  const acc_t* input = nullptr;
+  if (args.input.data) input = stage(args.input, args.input.layout.offset(row), begin, n, acc_t(0), input_buffer);
+
+  V sum{};
+  if (args.loss) {
+    for (int i = 0; i < size; i += kLanes<acc_t>) sum += KL::term(load(input + i), load(target + i));
+  }
+  const auto write = [&](const Output& output, const auto& value) {
+    if (output.data == nullptr) return;
+    Sink<acc_t> sink;
+    acc_t* out = sink.open(output, args.acc_dtype(), offset, n);
+    for (int i = 0; i < size; i += kLanes<acc_t>) store(out + i, value(i));
+    sink.commit();
+  };
+  write(args.output, [&](int i) { return KL::term(load(input + i), load(target + i)) * scale; });
+  if (args.grad_output.data) {
+    const acc_t* grad =
+        stage(args.grad_output, args.grad_output.layout.offset(row), begin, n, acc_t(0), grad_buffer);
+    const auto product = [&](int i, V slope) {  // a zero slope stays 0 whatever comes in
+      return slope == 0 ? V{} : load(grad + i) * scale * slope;
+    };
+    write(args.grad_input, [&](int i) { return product(i, KL::grad_input(V{}, load(target + i))); });
+    write(args.grad_target, [&](int i) { return product(i, KL::grad_target(load(input + i), load(target + i))); });
+  }
+  return sum_lanes(sum);
+}
+
+template <bool kLogTarget, typename acc_t>
+void pointwise_rows(const PointwiseArgs& args, const Threads& threads) {
+  const int64_t chunks = chunks_of(args.columns);
+  acc_t* partials = static_cast<acc_t*>(args.partials);
+  parallel_for(threads, args.rows * chunks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / chunks, first = (i - row * chunks) * kChunk;
+      const int64_t n = args.columns - first < kChunk ? args.columns - first : kChunk;
+      const acc_t sum = pointwise_chunk<kLogTarget, acc_t>(args, row, first, n);
+      if (args.loss) partials[i] = sum;
+    }
+  });
+  if (args.loss) {
+    double total = 0;
+    for (int64_t i = 0; i < args.rows * chunks; ++i) total += partials[i];
+    *static_cast<acc_t*>(args.loss) = static_cast<acc_t>(total * args.scale);
+  }
+}
+
+inline void pointwise(const PointwiseArgs& args, const Threads& threads) {
+  const bool wide = args.acc_dtype() == Dtype::kFloat64;
+  if (args.log_target) {
+    wide ? pointwise_rows<true, double>(args, threads) : pointwise_rows<true, float>(args, threads);
+  } else {
+    wide ? pointwise_rows<false, double>(args, threads) : pointwise_rows<false, float>(args, threads);
+  }
+}
+
+// ---------------------------------------------------------------- grad_output that came late
+
+inline void scale(const ScaleArgs& args, const Threads& threads) {
+  double factor = 1;
+  dispatch_dtype(args.factor_dtype, [&](auto type) {
+    factor = widen<double>(*static_cast<const decltype(type)*>(args.factor));
+  });
+  if (factor == 1) return;
+  dispatch_dtype(args.gradient.dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    scalar_t* gradient = static_cast<scalar_t*>(args.gradient.data);
+    parallel_for(threads, args.count, 16384, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        gradient[i] = narrow<scalar_t>(widen<acc_t>(gradient[i]) * static_cast<acc_t>(factor));
+      }
+    });
+  });
+}
+
+}  // namespace KLDIV_ISA
+}  // namespace kldiv::cpu
+
+#define KLDIV_KERNELS(name) \
+  { name, ::kldiv::cpu::KLDIV_ISA::distillation, ::kldiv::cpu::KLDIV_ISA::pointwise, ::kldiv::cpu::KLDIV_ISA::scale }

@@ -1,0 +1,325 @@
+// The divergences: three formulas each, for one column of a row. The only file that knows them.
+//
+// A divergence of the teacher's p from the student's q over one row is L = sum_v term(v). With
+// g_q = d term / d log q and g_p = d term / d log p, the softmax Jacobian is the same for all of them:
+//
+//   dL/ds = (g_q - q * sum g_q) / T        dL/dt = (g_p - p * sum g_p) / T
+//
+// Literal formulas lose their digits where p and q are close, and that is where distillation ends. So a column
+// is seen from the larger of its two probabilities, and all else is written in the gap between them; then
+// every term is non-negative by its form, exactly 0 for equal rows, and nothing overflows.
+//
+// To add a divergence: a struct below, a row in KLDIV_DIVERGENCES, a formula in kldiv_ext/reference.py and a
+// line in the README's table.
+#pragma once
+
+#include <string_view>
+
+#include "math.h"
+
+namespace kldiv {
+inline namespace KLDIV_ISA {
+
+// One column of a row.
+template <typename T>
+struct Pair {
+  T larger;  // max(p, q)
+  T gap;     // |log p - log q|, in [0, +inf]
+  T expm1;   // min(p, q) / max(p, q) - 1 = e^{-gap} - 1, in [-1, 0]
+  T excess;  // gap + expm1 >= 0, to full relative accuracy
+  T sign;    // of log p - log q: 1, 0 or -1
+
+  // Pick by which of the two is larger.
+  KLDIV_HD T teacher_larger(T yes, T no) const { return sign >= 0 ? yes : no; }
+
+  KLDIV_HD T ratio() const { return expm1 + 1; }       // smaller / larger
+  KLDIV_HD T teacher() const { return larger * teacher_larger(splat<T>(1), ratio()); }  // p
+  KLDIV_HD T student() const { return larger * teacher_larger(ratio(), splat<T>(1)); }  // q
+  // The same column with teacher and student exchanged.
+  KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, -sign}; }
+  // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
+  KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
+  KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
+};
+
+// KL(p || q) = sum p (log p - log q) - p + q.
+struct ForwardKL {
+  static constexpr bool kGradQSumsToZero = true;   // sum (q - p) = 0: no need to know it beforehand
+  static constexpr bool kGradPSumsToZero = false;
+
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), whose first form keeps its
+    // digits at small gaps and whose second does at large ones.
+    const T below = x.gap < 1 ? -x.gap * x.expm1 - x.excess : -x.expm1 - x.finite_gap() * x.ratio();
+    return x.larger * x.teacher_larger(x.excess, below);
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // q - p
+    return x.larger * x.teacher_larger(x.expm1, -x.expm1);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
+    return x.larger * x.teacher_larger(x.gap, -x.finite_gap() * x.ratio());
+  }
+};
+
+// D(q || p) from D(p || q).
+template <typename Divergence>
+struct Exchanged {
+  static constexpr bool kGradQSumsToZero = Divergence::kGradPSumsToZero;
+  static constexpr bool kGradPSumsToZero = Divergence::kGradQSumsToZero;
+  Divergence divergence;
+
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    return divergence.term(x.exchanged());
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {
+    return divergence.grad_p(x.exchanged());
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return divergence.grad_q(x.exchanged());
+  }
+};
+
+using ReverseKL = Exchanged<ForwardKL>;
+
+// KL(p || q) + KL(q || p) = sum (p - q)(log p - log q).
+struct Jeffreys {
+  static constexpr bool kGradQSumsToZero = false;
+  static constexpr bool kGradPSumsToZero = false;
+
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    return x.larger * (x.gap * -x.expm1);
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q (log p - log q) - (p - q)
+    return x.larger * x.teacher_larger(x.expm1 - x.finite_gap() * x.ratio(), x.gap - x.expm1);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return grad_q(x.exchanged());
+  }
+};
+
+// The mixture m of a column that holds `smaller_share` of the smaller probability and the rest of the larger;
+// everything relative to the larger one.
+template <typename T>
+struct Mixture {
+  T minus_one;     // m / larger - 1 = smaller_share * expm1, in (-1, 0]
+  T log;           // log(m / larger)
+  T kl_larger;     // of larger || m: larger log(larger / m) - larger + m
+  T kl_smaller;    // of smaller || m
+  T smaller_gap;   // smaller * log(m / smaller)
+  T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
+
+  KLDIV_HD Mixture(const Pair<T>& x, T smaller_share) {
+    minus_one = smaller_share * x.expm1;
+    const Log1p<T> logarithm(minus_one);
+    log = logarithm.value;
+    kl_larger = logarithm.shortfall;
+    const T larger_share = 1 - smaller_share;
+    kl_smaller = larger_share * x.expm1 * x.expm1 - x.ratio() * (x.finite_excess() - logarithm.shortfall);
+    smaller_gap = x.ratio() * (x.finite_gap() + log);
+    const T reciprocal = 1 / (minus_one + 1);
+    one_minus_larger = minus_one * reciprocal;
+    one_minus_smaller = -larger_share * x.expm1 * reciprocal;
+  }
+};
+
+// Generalised Jensen-Shannon divergence (GKD): m = beta p + (1 - beta) q,
+// beta KL(p || m) + (1 - beta) KL(q || m).
+struct JensenShannon {
+  static constexpr bool kGradQSumsToZero = false;
+  static constexpr bool kGradPSumsToZero = false;
+  double beta;
+
+  template <typename T>
+  KLDIV_HD T smaller_share(const Pair<T>& x) const {
+    return x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - beta)), splat<T>(static_cast<Scalar<T>>(beta)));
+  }
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    const T share = smaller_share(x);
+    const Mixture<T> m(x, share);
+    return x.larger * ((1 - share) * m.kl_larger + share * m.kl_smaller);
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
+    const T share = smaller_share(x);
+    const Mixture<T> m(x, share);
+    return x.larger * x.teacher_larger(-share * m.smaller_gap, (share - 1) * m.log);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // beta p log(p / m)
+    const T share = smaller_share(x);
+    const Mixture<T> m(x, share);
+    return x.larger * x.teacher_larger((share - 1) * m.log, -share * m.smaller_gap);
+  }
+};
+
+// Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m).
+struct SkewForwardKL {
+  static constexpr bool kGradQSumsToZero = false;
+  static constexpr bool kGradPSumsToZero = false;
+  double skew;
+
+  template <typename T>
+  KLDIV_HD Mixture<T> mixture(const Pair<T>& x) const {
+    return Mixture<T>(x, x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - skew)),
+                                          splat<T>(static_cast<Scalar<T>>(skew))));
+  }
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    const Mixture<T> m = mixture(x);
+    return x.larger * x.teacher_larger(m.kl_larger, m.kl_smaller);
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
+    const Mixture<T> m = mixture(x);
+    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.teacher_larger(m.one_minus_larger, m.one_minus_smaller);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m)
+    const Mixture<T> m = mixture(x);
+    return x.larger * x.teacher_larger(-m.log, -m.smaller_gap) +
+           static_cast<Scalar<T>>(skew) * x.teacher() * x.teacher_larger(m.one_minus_larger, m.one_minus_smaller);
+  }
+};
+
+using SkewReverseKL = Exchanged<SkewForwardKL>;
+
+// Half the L1 distance; the gradient at p = q is 0.
+struct TotalVariation {
+  static constexpr bool kGradQSumsToZero = false;
+  static constexpr bool kGradPSumsToZero = false;
+
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    return x.larger * x.expm1 * static_cast<Scalar<T>>(-0.5);
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q sign(p - q) / 2
+    return x.student() * x.sign * static_cast<Scalar<T>>(-0.5);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return grad_q(x.exchanged());
+  }
+};
+
+// Amari's alpha divergence: (r - alpha p - (1 - alpha) q) / (alpha (alpha - 1)), r = p^alpha q^(1 - alpha).
+struct Alpha {
+  static constexpr bool kGradQSumsToZero = false;
+  static constexpr bool kGradPSumsToZero = false;
+  double alpha;
+
+  // The exponent of the smaller probability, so that r = larger * e^{-share gap}.
+  template <typename T>
+  KLDIV_HD T smaller_share(const Pair<T>& x) const {
+    return x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - alpha)), splat<T>(static_cast<Scalar<T>>(alpha)));
+  }
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    const T share = smaller_share(x);
+    const Decay<T> r(share * x.gap);
+    // Both are share * expm1 - r.expm1: the first cancels at large gaps, the second at small ones.
+    const T difference = x.gap < 1 ? share * x.excess - r.excess : share * x.expm1 - r.expm1;
+    return x.larger * difference * static_cast<Scalar<T>>(1 / (alpha * (1 - alpha)));
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (q - r) / alpha
+    const Decay<T> r(smaller_share(x) * x.gap);
+    return x.larger * x.teacher_larger(x.expm1 - r.expm1, -r.expm1) * static_cast<Scalar<T>>(1 / alpha);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // (p - r) / (1 - alpha)
+    const Decay<T> r(smaller_share(x) * x.gap);
+    return x.larger * x.teacher_larger(-r.expm1, x.expm1 - r.expm1) * static_cast<Scalar<T>>(1 / (1 - alpha));
+  }
+};
+
+// KL(p || p): what a skew divergence is where the mixture is its own first argument. A NaN row stays NaN.
+struct Zero {
+  static constexpr bool kGradQSumsToZero = true;
+  static constexpr bool kGradPSumsToZero = true;
+
+  template <typename T>
+  KLDIV_HD T term(const Pair<T>& x) const {
+    return x.larger * T{};
+  }
+  template <typename T>
+  KLDIV_HD T grad_q(const Pair<T>& x) const {
+    return x.larger * T{};
+  }
+  template <typename T>
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return x.larger * T{};
+  }
+};
+
+// The table: name, the name of its parameter ("" for none), the struct, and what it is at parameter 0 and 1.
+#define KLDIV_DIVERGENCES(ROW)                                                \
+  ROW("forward_kl", "", ForwardKL{}, ForwardKL{}, ForwardKL{})                \
+  ROW("reverse_kl", "", ReverseKL{}, ReverseKL{}, ReverseKL{})                \
+  ROW("jeffreys", "", Jeffreys{}, Jeffreys{}, Jeffreys{})                     \
+  ROW("jsd", "beta", JensenShannon{parameter}, ForwardKL{}, ReverseKL{})      \
+  ROW("skew_forward_kl", "skew", SkewForwardKL{parameter}, ForwardKL{}, Zero{}) \
+  ROW("skew_reverse_kl", "skew", SkewReverseKL{{parameter}}, ReverseKL{}, Zero{}) \
+  ROW("total_variation", "", TotalVariation{}, TotalVariation{}, TotalVariation{}) \
+  ROW("alpha", "alpha", Alpha{parameter}, ReverseKL{}, ForwardKL{})
+
+// Calls function(divergence) with the struct of that name; false if there is none.
+template <typename Function>
+bool dispatch_divergence(std::string_view name, double parameter, const Function& function) {
+#define KLDIV_CASE(NAME, PARAMETER, STRUCT, AT_ZERO, AT_ONE)                        \
+  if (name == NAME) {                                                               \
+    if (parameter == 0) {                                                           \
+      function(AT_ZERO);                                                            \
+    } else if (parameter == 1) {                                                    \
+      function(AT_ONE);                                                             \
+    } else {                                                                        \
+      function(STRUCT);                                                             \
+    }                                                                               \
+    return true;                                                                    \
+  }
+  KLDIV_DIVERGENCES(KLDIV_CASE)
+#undef KLDIV_CASE
+  return false;
+}
+
+// KL divergence of given log-probabilities, element by element, as F.kl_div defines it: `target` is a
+// probability or, with kLogTarget, its logarithm. Where that probability is 0 everything is exactly 0.
+template <bool kLogTarget>
+struct PointwiseKL {
+  template <typename T>
+  KLDIV_HD static T probability(T target) {
+    return kLogTarget ? exp_any(target) : target;
+  }
+  template <typename T>
+  KLDIV_HD static T log_probability(T target) {
+    return kLogTarget ? target : log(target);
+  }
+  template <typename T>
+  KLDIV_HD static T term(T input, T target) {  // p (log p - input)
+    const T p = probability(target);
+    return p == 0 ? T{} : p * (log_probability(target) - input);
+  }
+  template <typename T>
+  KLDIV_HD static T grad_input(T, T target) {
+    return -probability(target);
+  }
+  template <typename T>
+  KLDIV_HD static T grad_target(T input, T target) {
+    const T p = probability(target);
+    const T slope = log_probability(target) - input + 1;
+    return p == 0 ? T{} : (kLogTarget ? p * slope : slope);
+  }
+};
+
+}  // namespace KLDIV_ISA
+}  // namespace kldiv

@@ -1,0 +1,281 @@
+// Where torch meets the kernels: each operator allocates its outputs, fills in the arguments and launches. Written
+// once over a Device that supplies the launches; cpu/register.cpp and cuda/register.cpp name it to the dispatcher.
+//
+// Arguments come checked from Python (kldiv_ext/functional.py); what is checked here only keeps a direct call of
+// torch.ops.kldiv_ext from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "args.h"
+#include "row_state.h"
+
+namespace kldiv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "kldiv_ext: expected a float64, float32, float16 or bfloat16 tensor");
+  }
+}
+
+inline ScalarType scalar_type_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The last dimension is the columns; leading dimensions that lie evenly behind each other become one.
+inline RowLayout row_layout(const Tensor& tensor) {
+  RowLayout layout;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t last = tensor.dim() - 1;
+  layout.column_stride = strides[last];
+  for (int64_t d = 0; d < last; ++d) {
+    if (sizes[d] == 1) continue;
+    if (layout.dims > 0 && layout.strides[layout.dims - 1] == sizes[d] * strides[d]) {
+      layout.sizes[layout.dims - 1] *= sizes[d];
+      layout.strides[layout.dims - 1] = strides[d];
+    } else {
+      STD_TORCH_CHECK(layout.dims < RowLayout::kMaxDims, "kldiv_ext: more than ", RowLayout::kMaxDims,
+                      " leading dimensions that do not lie evenly behind each other; call .contiguous() first");
+      layout.sizes[layout.dims] = sizes[d];
+      layout.strides[layout.dims++] = strides[d];
+    }
+  }
+  return layout;
+}
+
+inline Matrix matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor), row_layout(tensor)}; }
+
+inline int64_t columns_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+inline void check_pair(const char* op, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() > 0 && same_shape(a, b), "kldiv_ext::", op, ": the two tensors must have one shape");
+  STD_TORCH_CHECK(a.device() == b.device(), "kldiv_ext::", op, ": the two tensors must be on one device");
+}
+
+// [rows] of acc_t, contiguous, on the same device.
+inline void check_rows(const char* op, const char* name, const Tensor& tensor, const DistillationArgs& args,
+                       const Tensor& like) {
+  STD_TORCH_CHECK(dtype_of(tensor) == args.acc_dtype() && tensor.is_contiguous() && tensor.device() == like.device() &&
+                      (tensor.dim() == 0 || tensor.numel() == args.rows),
+                  "kldiv_ext::", op, ": ", name, " must be contiguous, [rows] or [], in the dtype of the loss");
+}
+
+// What a reduction divides by.
+inline double divisor(const std::string& reduction, int64_t items, const Tensor& tensor) {
+  if (reduction == "mean") return static_cast<double>(items);
+  if (reduction == "batchmean") return tensor.dim() > 1 ? static_cast<double>(tensor.size(0)) : 1;
+  STD_TORCH_CHECK(reduction == "sum" || reduction == "none", "kldiv_ext: unknown reduction ", reduction);
+  return 1;
+}
+
+inline Output output(Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
+
+// A gradient like `input` but contiguous, or [0] where it is not wanted.
+template <typename Device>
+Tensor new_gradient(const Tensor& input, bool wanted) {
+  if (!wanted) return torch::stable::new_empty(input, {0});
+  Tensor gradient = torch::stable::new_empty(input, input.sizes());
+  Device::prepare_output(gradient);
+  return gradient;
+}
+
+inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
+                                          const std::optional<Tensor>& row_scale, double scale,
+                                          const std::string& reduction, const std::string& divergence,
+                                          double parameter, double temperature) {
+  check_pair(op, student, teacher);
+  DistillationArgs args;
+  args.student = matrix(student);
+  args.teacher = matrix(teacher);
+  args.rows = rows_of(student);
+  args.columns = columns_of(student);
+  STD_TORCH_CHECK(args.columns > 0, "kldiv_ext::", op, ": the vocabulary is empty");
+  STD_TORCH_CHECK(dispatch_divergence(divergence, parameter, [](const auto&) {}), "kldiv_ext::", op,
+                  ": unknown divergence ", divergence);
+  args.divergence = divergence;
+  args.parameter = parameter;
+  args.temperature = temperature;
+  args.scale = scale / divisor(reduction, args.rows, student);
+  if (row_scale.has_value()) {
+    check_rows(op, "row_scale", *row_scale, args, student);
+    args.row_scale = row_scale->const_data_ptr();
+  }
+  return args;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher,
+                                                             std::optional<Tensor> row_scale, double scale,
+                                                             std::string reduction, std::string divergence,
+                                                             double parameter, double temperature, bool grad_student,
+                                                             bool grad_teacher) {
+  DistillationArgs args = distillation_args("distillation_loss", student, teacher, row_scale, scale, reduction,
+                                            divergence, parameter, temperature);
+  const bool reduce = reduction != "none";
+  const ScalarType acc = scalar_type_of(args.acc_dtype());
+  Tensor row_loss = torch::stable::new_empty(student, {args.rows}, acc);
+  Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
+  Tensor loss = reduce ? torch::stable::new_empty(student, {}, acc) : row_loss;
+  Tensor student_gradient = new_gradient<Device>(student, grad_student);
+  Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
+  args.row_loss = row_loss.mutable_data_ptr();
+  args.row_constants = row_constants.mutable_data_ptr();
+  if (reduce) args.loss = loss.mutable_data_ptr();
+  if (grad_student) args.grad_student = output(student_gradient);
+  if (grad_teacher) args.grad_teacher = output(teacher_gradient);
+  Device::distillation(args, student);
+  return {loss, row_constants, student_gradient, teacher_gradient};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher,
+                                                      Tensor row_constants, std::optional<Tensor> row_scale,
+                                                      double scale, std::string reduction, std::string divergence,
+                                                      double parameter, double temperature, bool grad_student,
+                                                      bool grad_teacher) {
+  const char* op = "distillation_loss_backward";
+  DistillationArgs args =
+      distillation_args(op, student, teacher, row_scale, scale, reduction, divergence, parameter, temperature);
+  check_rows(op, "grad_output", grad_output, args, student);
+  STD_TORCH_CHECK(dtype_of(row_constants) == args.acc_dtype() && row_constants.is_contiguous() &&
+                      row_constants.numel() == args.rows * RowConstants<float>::kCount,
+                  "kldiv_ext::", op, ": row_constants must be what distillation_loss returned");
+  args.row_constants = const_cast<void*>(row_constants.const_data_ptr());
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_stride = grad_output.dim() > 0 ? 1 : 0;
+  Tensor student_gradient = new_gradient<Device>(student, grad_student);
+  Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
+  if (grad_student) args.grad_student = output(student_gradient);
+  if (grad_teacher) args.grad_teacher = output(teacher_gradient);
+  Device::distillation(args, student);
+  return {student_gradient, teacher_gradient};
+}
+
+template <typename Device>
+void scale_(Tensor gradient, Tensor factor) {
+  STD_TORCH_CHECK(gradient.is_contiguous() && factor.numel() == 1 && gradient.device() == factor.device(),
+                  "kldiv_ext::scale_: a contiguous gradient and one factor on its device are needed");
+  ScaleArgs args;
+  args.gradient = output(gradient);
+  args.count = gradient.numel();
+  args.factor = factor.const_data_ptr();
+  args.factor_dtype = dtype_of(factor);
+  Device::scale(args, gradient);
+}
+
+inline PointwiseArgs pointwise_args(const Tensor& target, const std::string& reduction, bool log_target) {
+  PointwiseArgs args;
+  args.target = matrix(target);
+  args.rows = rows_of(target);
+  args.columns = columns_of(target);
+  args.log_target = log_target;
+  // F.kl_div's batchmean divides a 1-D tensor's sum as well.
+  args.scale = 1 / (reduction == "batchmean" ? static_cast<double>(target.size(0))
+                                             : divisor(reduction, args.rows * args.columns, target));
+  return args;
+}
+
+// Contiguous tensors are one long row, so that short rows cost nothing.
+inline void flatten_if(PointwiseArgs& args, bool contiguous) {
+  if (!contiguous) return;
+  args.columns *= args.rows;
+  args.rows = 1;
+}
+
+template <typename Device>
+Tensor kl_div(Tensor input, Tensor target, std::string reduction, bool log_target) {
+  check_pair("kl_div", input, target);
+  PointwiseArgs args = pointwise_args(target, reduction, log_target);
+  args.input = matrix(input);
+  flatten_if(args, input.is_contiguous() && target.is_contiguous());
+  const ScalarType acc = scalar_type_of(args.acc_dtype());
+  if (reduction == "none") {
+    const bool same = input.scalar_type() == target.scalar_type();
+    Tensor terms = torch::stable::new_empty(input, input.sizes(), same ? input.scalar_type() : acc);
+    args.output = output(terms);
+    Device::pointwise(args, input);
+    return terms;
+  }
+  Tensor loss = torch::stable::new_empty(input, {}, acc);
+  Tensor partials = torch::stable::new_empty(input, {Device::pointwise_partials(args.rows, args.columns)}, acc);
+  args.loss = loss.mutable_data_ptr();
+  args.partials = partials.mutable_data_ptr();
+  Device::pointwise(args, input);
+  return loss;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Tensor> input, Tensor target,
+                                           std::string reduction, bool log_target, bool grad_input,
+                                           bool grad_target) {
+  const char* op = "kl_div_backward";
+  PointwiseArgs args = pointwise_args(target, reduction, log_target);
+  bool contiguous = target.is_contiguous();
+  if (input.has_value()) {
+    check_pair(op, *input, target);
+    args.input = matrix(*input);
+    contiguous = contiguous && input->is_contiguous();
+  }
+  STD_TORCH_CHECK(input.has_value() || !grad_target, "kldiv_ext::", op, ": grad_target needs input");
+  if (grad_output.dim() == 0) {
+    args.grad_output = {grad_output.const_data_ptr(), dtype_of(grad_output), {}};
+    args.grad_output.layout.column_stride = 0;
+  } else {
+    check_pair(op, grad_output, target);
+    args.grad_output = matrix(grad_output);
+    contiguous = contiguous && grad_output.is_contiguous();
+  }
+  flatten_if(args, contiguous);
+  const Tensor& like = input.has_value() ? *input : target;
+  Tensor input_gradient = new_gradient<Device>(like, grad_input);
+  Tensor target_gradient = new_gradient<Device>(target, grad_target);
+  if (grad_input) args.grad_input = output(input_gradient);
+  if (grad_target) args.grad_target = output(target_gradient);
+  Device::pointwise(args, target);
+  return {input_gradient, target_gradient};
+}
+
+// Inside STABLE_TORCH_LIBRARY_IMPL: every operator, for one device.
+#define KLDIV_REGISTER_OPERATORS(m, Device)                                                          \
+  m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                       \
+  m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>));     \
+  m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                             \
+  m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                             \
+  m.impl("kl_div_backward", TORCH_BOX(&::kldiv::kl_div_backward<Device>))
+
+}  // namespace kldiv

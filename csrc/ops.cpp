@@ -1,0 +1,47 @@
+// Every operator's schema, and the table of divergences that Python reads; nothing else.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "divergences.h"
+
+STABLE_TORCH_LIBRARY(kldiv_ext, m) {
+  // reduction is one of F.kl_div's: none | sum | mean (over rows; in kl_div over elements) | batchmean (size(0)).
+  //
+  // Divergence of softmax(student / T) from softmax(teacher / T), row by row, times scale * row_scale.
+  // loss: [] or, with reduction none, [rows]; row_constants: [rows, 7], for backward; a gradient not wanted is [0].
+  m.def(
+      "distillation_loss(Tensor student, Tensor teacher, Tensor? row_scale, float scale, str reduction, "
+      "str divergence, float parameter, float temperature, bool grad_student, bool grad_teacher) "
+      "-> (Tensor loss, Tensor row_constants, Tensor grad_student, Tensor grad_teacher)");
+  // The gradients alone, times grad_output ([] or [rows]).
+  m.def(
+      "distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor row_constants, "
+      "Tensor? row_scale, float scale, str reduction, str divergence, float parameter, float temperature, "
+      "bool grad_student, bool grad_teacher) -> (Tensor grad_student, Tensor grad_teacher)");
+  // gradient *= factor ([]), without a host read of the factor and without a write where it is 1.
+  m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
+  // F.kl_div: [] in the accumulation type or, with reduction none, input's shape.
+  m.def("kl_div(Tensor input, Tensor target, str reduction, bool log_target) -> Tensor");
+  // Its gradients; `input` is needed for the target's alone.
+  m.def(
+      "kl_div_backward(Tensor grad_output, Tensor? input, Tensor target, str reduction, bool log_target, "
+      "bool grad_input, bool grad_target) -> (Tensor grad_input, Tensor grad_target)");
+}
+
+// kldiv_ext._C.divergences: {name: name of its parameter or ""}.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  PyObject* table = module ? PyDict_New() : nullptr;
+  if (table == nullptr) return nullptr;
+#define KLDIV_ROW(NAME, PARAMETER, ...)                    \
+  {                                                        \
+    PyObject* parameter = PyUnicode_FromString(PARAMETER); \
+    if (parameter == nullptr || PyDict_SetItemString(table, NAME, parameter) != 0) return nullptr; \
+    Py_DECREF(parameter);                                  \
+  }
+  KLDIV_DIVERGENCES(KLDIV_ROW)
+#undef KLDIV_ROW
+  if (PyModule_AddObject(module, "divergences", table) != 0) return nullptr;
+  return module;
+}

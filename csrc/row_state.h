@@ -1,0 +1,102 @@
+// What is known of a row: the online log-sum-exp of student and teacher, which merges over lanes, chunks,
+// threads and blocks, and the row constants that turn two logits into a column of the divergence.
+#pragma once
+
+#include "divergences.h"
+
+namespace kldiv {
+inline namespace KLDIV_ISA {
+
+// sum of e^{(x - max) / T} over part of a row; max is in logits. An empty part is {-inf, 0}.
+template <typename acc_t>
+struct LogSumExp {
+  acc_t max = static_cast<acc_t>(-__builtin_inff());
+  acc_t sum = 0;
+
+  // What to subtract from a logit before exponentiating: max, or 0 where all is -inf, so that
+  // -inf gives 0 and not NaN.
+  KLDIV_HD acc_t offset() const { return max == -infinity<acc_t>() ? acc_t(0) : max; }
+
+  KLDIV_HD LogSumExp merged(const LogSumExp& other, acc_t inverse_temperature) const {
+    LogSumExp both;
+    both.max = maximum(max, other.max);
+    const acc_t offset = both.offset();
+    both.sum = sum * exp((max - offset) * inverse_temperature) +
+               other.sum * exp((other.max - offset) * inverse_temperature);
+    return both;
+  }
+};
+
+template <typename acc_t>
+struct RowState {
+  LogSumExp<acc_t> teacher, student;
+
+  KLDIV_HD RowState merged(const RowState& other, acc_t inverse_temperature) const {
+    return {teacher.merged(other.teacher, inverse_temperature), student.merged(other.student, inverse_temperature)};
+  }
+};
+
+// The three sums of phase 2.
+template <typename T>
+struct RowSums {
+  T term{}, grad_q{}, grad_p{};
+
+  KLDIV_HD RowSums operator+(const RowSums& other) const {
+    return {term + other.term, grad_q + other.grad_q, grad_p + other.grad_p};
+  }
+};
+
+// All that phase 3 needs of a row; what backward saves instead of the row itself.
+template <typename acc_t>
+struct RowConstants {
+  static constexpr int kCount = 7;
+  acc_t teacher_max, teacher_log_sum;  // log p = (t - teacher_max) / T - teacher_log_sum
+  acc_t student_max, student_log_sum;
+  acc_t shift;                         // log p - log q = (t - s) / T - shift
+  acc_t sum_grad_q, sum_grad_p;
+
+  RowConstants() = default;
+  KLDIV_HD RowConstants(const RowState<acc_t>& state, acc_t inverse_temperature)
+      : teacher_max(state.teacher.max),
+        teacher_log_sum(log_of(state.teacher.sum)),
+        student_max(state.student.max),
+        student_log_sum(log_of(state.student.sum)),
+        // One logarithm of the ratio: for close rows the difference of two would lose their common digits.
+        shift((state.teacher.max - state.student.max) * inverse_temperature +
+              log_of(state.teacher.sum / state.student.sum)),
+        sum_grad_q(0),
+        sum_grad_p(0) {}
+
+  // An infinite divergence has no gradient: NaN in this row, and only here.
+  KLDIV_HD void set_sums(const RowSums<acc_t>& sums) {
+    sum_grad_q = sums.grad_q + 0 * sums.grad_q;
+    sum_grad_p = sums.grad_p + 0 * sums.grad_p;
+  }
+
+ private:
+  // A row without any mass (all -inf) is NaN.
+  KLDIV_HD static acc_t log_of(acc_t x) { return x > 0 ? log(x) : nan<acc_t>(); }
+};
+
+// One column from its two logits; T is acc_t or a vector of it.
+template <typename T>
+KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature) {
+  // Equal logits differ by 0, also where both are -inf.
+  const T difference = teacher == student ? T{} : teacher - student;
+  const T delta = difference * inverse_temperature - row.shift;
+  Pair<T> x;
+  x.sign = delta > 0 ? splat<T>(1) : (delta < 0 ? splat<T>(-1) : T{});
+  x.gap = delta < 0 ? -delta : delta;
+  const Decay<T> decay(x.gap);
+  x.expm1 = decay.expm1;
+  x.excess = decay.excess;
+  const T probability = exp(x.teacher_larger((teacher - row.teacher_max) * inverse_temperature - row.teacher_log_sum,
+                                             (student - row.student_max) * inverse_temperature - row.student_log_sum));
+  // Beside an exact 0 the other probability counts, however small: inf * tiny, not inf * 0.
+  const T tiny = splat<T>(FormatOf<T>::kTiny);
+  x.larger = x.gap < infinity<T>() ? probability : maximum(probability, tiny);
+  return x;
+}
+
+}  // namespace KLDIV_ISA
+}  // namespace kldiv

@@ -1,0 +1,13 @@
+"""Fused forward and backward KL divergence for PyTorch, for distilling models with large vocabularies."""
+
+from . import reference
+from ._library import DIVERGENCES as _DIVERGENCES
+from .functional import distillation_loss, kl_div
+from .modules import DistillationLoss, KLDivLoss
+
+__version__ = "0.1.0"
+
+DIVERGENCES: tuple[str, ...] = tuple(_DIVERGENCES)
+"""The names that `distillation_loss` takes as `divergence`."""
+
+__all__ = ["DIVERGENCES", "DistillationLoss", "KLDivLoss", "distillation_loss", "kl_div", "reference"]

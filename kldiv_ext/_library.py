@@ -1,0 +1,108 @@
+"""Loads the shared objects and tells torch the shapes of what their operators return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _build_info, _C
+
+DIVERGENCES: dict[str, str] = _C.divergences
+"""Every divergence and the name of its parameter ("" for none)."""
+
+
+def _load_cuda() -> str:
+    """Load the CUDA kernels; "" or why they are missing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    path = Path(__file__).with_name("_C_cuda.abi3.so")
+    if not path.exists():
+        return f"this copy of kldiv_ext was built without CUDA kernels ({_build_info.no_cuda_reason or 'no object'})"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return ""
+
+
+cuda_missing_reason = _load_cuda()
+
+ops = torch.ops.kldiv_ext
+library = torch.library.Library("kldiv_ext", "IMPL")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums and losses: float64 if any tensor is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _gradient(like: Tensor, wanted: bool) -> Tensor:
+    return like.new_empty(like.shape if wanted else [0])
+
+
+@torch.library.register_fake("kldiv_ext::distillation_loss")
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    reduction: str,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    grad_student: bool,
+    grad_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = student.numel() // student.shape[-1]
+    dtype = accumulation_dtype(student, teacher)
+    return (
+        student.new_empty([rows] if reduction == "none" else [], dtype=dtype),
+        student.new_empty([rows, 7], dtype=dtype),
+        _gradient(student, grad_student),
+        _gradient(teacher, grad_teacher),
+    )
+
+
+@torch.library.register_fake("kldiv_ext::distillation_loss_backward")
+def _(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    row_constants: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    reduction: str,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    grad_student: bool,
+    grad_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    return _gradient(student, grad_student), _gradient(teacher, grad_teacher)
+
+
+@torch.library.register_fake("kldiv_ext::scale_")
+def _(gradient: Tensor, factor: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("kldiv_ext::kl_div")
+def _(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+    if reduction == "none":
+        return input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, target.dtype))
+    return input.new_empty([], dtype=accumulation_dtype(input, target))
+
+
+@torch.library.register_fake("kldiv_ext::kl_div_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    log_target: bool,
+    grad_input: bool,
+    grad_target: bool,
+) -> tuple[Tensor, Tensor]:
+    return _gradient(target if input is None else input, grad_input), _gradient(target, grad_target)

@@ -1,0 +1,203 @@
+"""The torch.autograd.Functions, and the operators' own autograd kernels beneath them.
+
+A Function runs the fused operators. Beneath it every operator has an autograd kernel of its own, because
+`torch.compile(torch.func.grad(f))` inlines Functions and calls operators while gradients are tracked: there a plain
+composite takes over instead of a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from ._library import accumulation_dtype, library, ops
+
+
+class Options(NamedTuple):
+    """What an operator is told besides its tensors, in the order of the schema."""
+
+    scale: float
+    reduction: str
+    divergence: str
+    parameter: float
+    temperature: float
+
+
+def plain_needed(*tensors: Tensor | None) -> bool:
+    """Whether a mode is active that only plain operators can serve: forward-mode AD or a torch.func transform."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 and any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor | None, options: Options) -> Tensor:
+    """What the operator `distillation_loss` returns as its loss, from plain operators in float64."""
+    scale, reduction, divergence, parameter, temperature = options
+    dtype = accumulation_dtype(student, teacher)
+    if row_scale is not None:  # a row whose scale is 0 is not read
+        dead = (row_scale == 0).reshape(*student.shape[:-1], 1)
+        student, teacher = student.masked_fill(dead, 0), teacher.masked_fill(dead, 0)
+    losses = reference.row_losses(student, teacher, divergence, parameter, temperature).reshape(-1) * scale
+    if row_scale is not None:
+        losses = losses * row_scale
+    if reduction == "mean":
+        losses = losses / max(losses.numel(), 1)
+    elif reduction == "batchmean" and student.dim() > 1:
+        losses = losses / max(student.shape[0], 1)
+    return (losses if reduction == "none" else losses.sum()).to(dtype)
+
+
+class DistillationLoss(torch.autograd.Function):
+    """distillation_loss with its gradients: made in forward where that is free, else in backward from the row
+    constants: with reduction "none", and in float16, where a gradient stored before it meets the GradScaler's
+    factor would underflow.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        ctx.options = options
+        ctx.early = options.reduction != "none" and all(
+            t.dtype != torch.float16 for t, w in zip((student, teacher), wanted, strict=True) if w
+        )
+        early = [bool(w and ctx.early) for w in wanted]
+        loss, row_constants, *gradients = ops.distillation_loss(student, teacher, row_scale, *options, *early)
+        if ctx.early:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(student, teacher, row_constants, row_scale)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        if ctx.early:
+            gradients = [_scaled(g, grad_output) if w else None for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        else:
+            student, teacher, row_constants, row_scale = ctx.saved_tensors
+            computed = ops.distillation_loss_backward(
+                grad_output.contiguous(), student, teacher, row_constants, row_scale, *ctx.options, *wanted
+            )
+            gradients = [g if w else None for g, w in zip(computed, wanted, strict=True)]
+        return *gradients, None, None
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+    """gradient * grad_output, without a read of the device; in place where nobody can see it."""
+    if torch.compiler.is_compiling():
+        return (gradient.to(grad_output.dtype) * grad_output).to(gradient.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
+    ops.scale_(gradient, grad_output)
+    return gradient
+
+
+class KLDiv(torch.autograd.Function):
+    """F.kl_div of two tensors of one shape; its backward is differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+        ctx.options = (reduction, log_target)
+        ctx.save_for_backward(input, target)
+        return ops.kl_div(input, target, reduction, log_target)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, target = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or plain_needed(grad_output, input, target):
+            gradients = plain_kl_div_backward(grad_output, input, target, *ctx.options, *wanted)
+        else:
+            gradients = ops.kl_div_backward(grad_output, input, target, *ctx.options, *wanted)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None
+
+
+def plain_kl_div_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    log_target: bool,
+    grad_input: bool,
+    grad_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the operator `kl_div_backward` returns, from plain operators, differentiable again."""
+    divisor = {"mean": target.numel(), "batchmean": target.shape[0]}.get(reduction, 1)
+    p = target.exp() if log_target else target
+    dead = p == 0
+    grad_terms = grad_output / divisor
+    of_input = of_target = target.new_empty([0])
+    if grad_input:
+        of_input = torch.where(dead, 0, -p * grad_terms)
+    if grad_target:
+        assert input is not None
+        log_p = target.masked_fill(dead, 0) if log_target else target.masked_fill(dead, 1).log()
+        slope = log_p - torch.where(dead, 0, input) + 1
+        of_target = torch.where(dead, 0, (p * slope if log_target else slope) * grad_terms)
+    return of_input.to(target.dtype if input is None else input.dtype), of_target.to(target.dtype)
+
+
+# ---------------------------------------------------------------- autograd kernels of the operators
+
+
+def _plain_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
+    student, teacher, row_scale, *options = args[:8]
+    return (plain_distillation_loss(student, teacher, row_scale, Options(*options)), *outputs[1:])
+
+
+def _plain_kl_div_op(outputs: Tensor, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+    return reference.plain_kl_div(input, target, reduction, log_target).to(outputs.dtype)
+
+
+def _plain_kl_div_backward_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, Tensor]:
+    return plain_kl_div_backward(*args)
+
+
+def _not_differentiable(outputs: Any, *args: Any) -> Any:
+    raise NotImplementedError(
+        "kldiv_ext: this gradient cannot be differentiated again; kldiv_ext.reference.distillation_loss can"
+    )
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "distillation_loss": _plain_distillation_op,
+    "distillation_loss_backward": _not_differentiable,
+    "scale_": _not_differentiable,
+    "kl_div": _plain_kl_div_op,
+    "kl_div_backward": _plain_kl_div_backward_op,
+}
+"""Per operator: what to return where a gradient has to flow, given what the kernel returned."""
+
+
+def _register(name: str, plain: Callable[..., Any]) -> None:
+    operator = getattr(ops, name).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return plain(outputs, *args)
+        return outputs
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name, _plain in PLAIN.items():
+    _register(_name, _plain)

@@ -1,0 +1,355 @@
+"""What users call: docstrings, checks of every argument, and the choice between kernel and plain operators."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._library import DIVERGENCES, accumulation_dtype
+from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss, plain_needed
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+# ---------------------------------------------------------------- the drop-in
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of given log-probabilities, in nats: `torch.nn.functional.kl_div`, fused.
+
+    ``Σ target · (log target - input)``, or with ``log_target`` ``Σ exp(target) · (target - input)``. With
+    ``input`` = log q and ``target`` = p this is KL(p‖q).
+
+    Signature, warnings, broadcasting, type promotion, reductions, result dtype, autocast, gradients for both
+    arguments and of any order are those of `torch.nn.functional.kl_div`. What the fused kernel does not take
+    (broadcasting, integer or complex dtypes, other devices, tensor subclasses, forward-mode AD, `torch.func`) is
+    computed by plain PyTorch. One improvement: where a target probability is 0 the element contributes exactly 0
+    and has zero gradients, also if ``input`` is -inf there or, with ``log_target``, ``target`` is (PyTorch: NaN).
+
+    Args:
+        input: log-probabilities, any shape, any floating dtype.
+        target: probabilities, or log-probabilities with ``log_target``; the shape of ``input``.
+        size_average, reduce: deprecated, as in PyTorch.
+        reduction: ``"none"`` | ``"mean"`` (over all elements) | ``"batchmean"`` (sum / ``input.size(0)``) | ``"sum"``.
+        log_target: whether ``target`` is given as logarithms.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a tensor of the inputs' shape, in their promoted dtype. Sums are
+        accumulated in float32 or better whatever that dtype is.
+
+    Raises:
+        What `torch.nn.functional.kl_div` raises.
+
+    Equivalent to::
+
+        torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
+    """
+    if not _fusable(input, target):
+        return _plain_kl_div(input, target, size_average, reduce, reduction, log_target)
+    reduction = _kl_div_reduction(size_average, reduce, reduction)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:  # as PyTorch: float32 under autocast
+        dtype = torch.float32
+        if reduction == "none":
+            input, target = input.float(), target.float()
+    return KLDiv.apply(input, target, reduction, log_target).to(dtype)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _fusable(input: Tensor, target: Tensor) -> bool:
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        return False
+    return (
+        _is_plain_tensor(input)
+        and _is_plain_tensor(target)
+        and input.dtype in FLOATING
+        and target.dtype in FLOATING
+        and input.dim() > 0
+        and input.shape == target.shape
+        and input.numel() > 0
+        and input.device == target.device
+        and _has_kernels(input.device)
+        and input.layout == target.layout == torch.strided
+        and not plain_needed(input, target)
+    )
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    function = type(tensor).__torch_function__
+    return type(tensor) is Tensor or function is torch._C._disabled_torch_function_impl
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and not _library.cuda_missing_reason)
+
+
+def _kl_div_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction that F.kl_div would use, with its warnings."""
+    if size_average is not None or reduce is not None:
+        return torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if reduction == "mean" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size. "
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
+            stacklevel=3,
+        )
+    if reduction == "elementwise_mean":
+        return "mean"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    return reduction
+
+
+def _plain_kl_div(
+    input: Tensor, target: Tensor, size_average: bool | None, reduce: bool | None, reduction: str, log_target: bool
+) -> Tensor:
+    """F.kl_div itself, or where only the rule for zeros keeps it from being the answer, the same in plain operators."""
+    ours = all(isinstance(t, Tensor) and _is_plain_tensor(t) and t.dtype in FLOATING for t in (input, target))
+    if not ours or torch.is_autocast_enabled(input.device.type):
+        return torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
+    return reference.plain_kl_div(input, target, _kl_div_reduction(size_average, reduce, reduction), log_target)
+
+
+# ---------------------------------------------------------------- from logits
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    r"""Divergence between a teacher's and a student's next-token distributions, straight from their logits, in nats.
+
+    With p = softmax(teacher_logits / T) and q = softmax(student_logits / T), per position:
+
+    =================  ==========================================================  =====================
+    divergence         formula                                                     source
+    =================  ==========================================================  =====================
+    forward_kl         KL(p‖q) = Σ p (log p - log q), what `F.kl_div` computes     Hinton et al. 2015
+    reverse_kl         KL(q‖p)                                                     Gu et al. 2024, MiniLLM
+    jeffreys           KL(p‖q) + KL(q‖p)                                           Jeffreys 1946
+    jsd                β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q                  Agarwal et al. 2024, GKD
+    skew_forward_kl    KL(p ‖ κp + (1-κ)q), κ = skew                               Ko et al. 2024, DistiLLM
+    skew_reverse_kl    KL(q ‖ κq + (1-κ)p), κ = skew                               Ko et al. 2024, DistiLLM
+    total_variation    ½ Σ |p - q|                                                 Wen et al. 2023
+    alpha              Σ (p^α q^(1-α) - αp - (1-α)q) / (α(α-1))                    Amari 1985
+    =================  ==========================================================  =====================
+
+    Nothing of the size of the logits is allocated except the gradients that are asked for. Sums and
+    exponentials are float32 whatever the logits' dtype (float64 for float64); the result is deterministic and a
+    row's value does not depend on the other rows.
+
+    Args:
+        student_logits: ``[..., V]`` float64, float32, float16 or bfloat16; any strides.
+        teacher_logits: ``[..., V]``, the same shape; the dtype may differ. Gets its true gradient if it requires one.
+        labels: ``[...]`` int64; positions whose label is ``ignore_index`` do not count.
+        divergence: one of the names above.
+        beta: ``jsd`` only, weight of p in the mixture, 0 to 1; 0 is forward KL and 1 reverse KL, as in TRL and Liger.
+        skew: ``skew_*`` only, share of the first argument that is kept in the mixture, 0 to 1.
+        alpha: ``alpha`` only, the order, 0 to 1; 1 is forward KL and 0 reverse KL.
+        temperature: divides the logits, > 0.
+        scale_by_temperature_squared: multiply the loss by T², so that gradients keep their size as T grows.
+        mask: ``[...]`` bool, True where a position counts.
+        weight: ``[...]`` floating, multiplies each position's loss; a position of weight 0 does not count.
+        ignore_index: the label of positions that do not count.
+        reduction: ``"none"``: ``[...]``, 0 where a position does not count; ``"sum"``; ``"mean"``: divided by the
+            number of positions that count, or with ``weight`` by the sum of their weights, never by V;
+            ``"batchmean"``: sum / ``student_logits.size(0)``, for 1-D logits the sum.
+        num_items: int, or 0-d tensor on the logits' device: the denominator of ``"mean"`` instead of the own count, so
+            that gradient accumulation over unequal micro-batches equals the one big batch.
+
+    Returns:
+        float32 (float64 if either input is), a scalar or with ``reduction="none"`` ``[...]``. A loss over no
+        positions is 0 with zero gradients. Positions that do not count are never read and have zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value, before anything runs.
+        RuntimeError: for CUDA tensors where the CUDA kernels are missing, saying why.
+
+    Infinities: a column where both logits are -inf contributes 0. Where only one probability is 0, forward KL
+    (q = 0), reverse KL (p = 0) and Jeffreys (either) are +inf; forward KL's gradient is then still q - p, the
+    others' are NaN in that row. A row that holds NaN or +inf, or nothing but -inf, is NaN; other rows never are.
+
+    Equivalent to (for ``forward_kl``, ``mean``, without labels, mask and weight)::
+
+        log_q = torch.log_softmax(student_logits.float() / temperature, -1)
+        p = torch.softmax(teacher_logits.float() / temperature, -1)
+        F.kl_div(log_q, p, reduction="sum") / log_q[..., 0].numel()
+    """
+    _check_logits(student_logits, teacher_logits)
+    check_options(divergence, beta, skew, alpha, temperature, scale_by_temperature_squared, ignore_index, reduction)
+    if num_items is not None:
+        _check_num_items(num_items, reduction, student_logits)
+    batch = student_logits.shape[:-1]
+    row_scale = _row_scale(
+        student_logits, teacher_logits, labels, mask, weight, ignore_index, reduction, num_items
+    )
+    scale = float(temperature) ** 2 if scale_by_temperature_squared else 1.0
+    # With a row_scale the denominator of the mean is in it.
+    row_reduction = "sum" if reduction == "mean" and row_scale is not None else reduction
+    parameter = {"": 0.0, "beta": beta, "skew": skew, "alpha": alpha}[DIVERGENCES[divergence]]
+    options = Options(scale, row_reduction, divergence, float(parameter), float(temperature))
+    if plain_needed(student_logits, teacher_logits):
+        loss = plain_distillation_loss(student_logits, teacher_logits, row_scale, options)
+    else:
+        loss = DistillationLoss.apply(student_logits, teacher_logits, row_scale, options)  # type: ignore[no-untyped-call]
+    return loss.reshape(batch) if reduction == "none" else loss
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
+        if logits.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {logits.dtype}")
+        if logits.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same shape, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    _check_device("teacher_logits", teacher_logits, student_logits)
+    device = student_logits.device
+    if device.type == "cuda" and _library.cuda_missing_reason:
+        raise RuntimeError(
+            f"kldiv_ext has no CUDA kernels here: {_library.cuda_missing_reason}. Rebuild with a CUDA toolkit and a "
+            "CUDA build of torch (FORCE_CUDA=1 pip install . makes a missing one an error); "
+            "python -m kldiv_ext.info tells what was built."
+        )
+    if not _has_kernels(device):
+        raise ValueError(
+            f"student_logits must be on the CPU or a CUDA device, got {device}; "
+            "kldiv_ext.reference.distillation_loss runs anywhere"
+        )
+
+
+def check_options(
+    divergence: str,
+    beta: float,
+    skew: float,
+    alpha: float,
+    temperature: float,
+    scale_by_temperature_squared: bool,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Raise for the first option of `distillation_loss` that is wrong."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    for name, value in (("beta", beta), ("skew", skew), ("alpha", alpha), ("temperature", temperature)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if name != "temperature" and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not isinstance(scale_by_temperature_squared, bool):
+        raise TypeError(f"scale_by_temperature_squared must be a bool, got {scale_by_temperature_squared!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+    if tensor.device != student_logits.device:
+        raise ValueError(f"{name} must be on student_logits' device {student_logits.device}, got {tensor.device}")
+
+
+def _check_num_items(num_items: int | Tensor, reduction: str, student_logits: Tensor) -> None:
+    if reduction != "mean":
+        raise ValueError(f"num_items is the denominator of reduction='mean', got {num_items} with {reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0 or num_items.dtype == torch.bool or num_items.is_complex():
+            raise ValueError(f"num_items must be a 0-d tensor of numbers, got {num_items.dtype} {tuple(num_items.shape)}")
+        if num_items.requires_grad:
+            raise ValueError("num_items must not require a gradient")
+        _check_device("num_items", num_items, student_logits)
+    elif isinstance(num_items, bool) or not isinstance(num_items, int):
+        raise TypeError(f"num_items must be an int or a 0-d tensor, got {num_items!r}")
+    elif num_items < 0:
+        raise ValueError(f"num_items must not be negative, got {num_items}")
+
+
+def _check_per_position(name: str, tensor: Tensor, student_logits: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d)[6:] for d in dtypes)}, got {tensor.dtype}")
+    if tensor.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of student_logits without the vocabulary, "
+            f"{tuple(student_logits.shape[:-1])}, got {tuple(tensor.shape)}"
+        )
+    _check_device(name, tensor, student_logits)
+
+
+def _row_scale(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | Tensor | None,
+) -> Tensor | None:
+    """All that decides how much a position counts, as one factor per row, [rows]; None where every row counts alike.
+
+    Labels, mask, weight and the denominator of the mean end here: the kernels know rows and factors. Everything
+    stays on the device.
+    """
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    counts = None
+    if labels is not None:
+        _check_per_position("labels", labels, student_logits, (torch.int64,))
+        counts = labels != ignore_index
+    if mask is not None:
+        _check_per_position("mask", mask, student_logits, (torch.bool,))
+        counts = mask if counts is None else counts & mask
+    if weight is not None:
+        _check_per_position("weight", weight, student_logits, FLOATING)
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient; use reduction='none' and multiply")
+        row_weight = weight if counts is None else torch.where(counts, weight, 0)
+    elif counts is not None:
+        row_weight = counts
+    elif num_items is not None:
+        row_weight = torch.ones(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
+    else:
+        return None
+    if reduction == "mean":
+        # In float64: exact for counts, and as good as independent of the number of threads for weights.
+        denominator = row_weight.sum(dtype=torch.float64) if num_items is None else torch.as_tensor(
+            num_items, dtype=torch.float64, device=student_logits.device
+        )
+        row_weight = torch.where(denominator == 0, 0, row_weight / denominator)
+    return row_weight.to(dtype).reshape(-1).contiguous()

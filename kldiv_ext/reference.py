@@ -1,0 +1,172 @@
+"""Slow, obvious definitions in plain PyTorch and float64: the documentation of every loss, and its test oracle.
+
+Written from the formulas, without a line in common with the kernels. Differentiable any number of times and in
+every mode that PyTorch has, so it also serves where a kernel cannot (forward-mode AD, `torch.func`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+
+def _plogr(p: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
+    """p (log p - log r), and exactly 0 with zero gradients where p is 0."""
+    dead = p == 0
+    return torch.where(dead, 0, p * (log_p.masked_fill(dead, 0) - log_r.masked_fill(dead, 0)))
+
+
+def forward_kl(lp: Tensor, lq: Tensor) -> Tensor:
+    """Σ p (log p - log q), Kullback and Leibler (1951)."""
+    return _plogr(lp.exp(), lp, lq).sum(-1)
+
+
+def reverse_kl(lp: Tensor, lq: Tensor) -> Tensor:
+    """Σ q (log q - log p)."""
+    return forward_kl(lq, lp)
+
+
+def jeffreys(lp: Tensor, lq: Tensor) -> Tensor:
+    """Σ (p - q)(log p - log q), Jeffreys (1946)."""
+    return forward_kl(lp, lq) + reverse_kl(lp, lq)
+
+
+def _log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    dead = (lp == -torch.inf) & (lq == -torch.inf)
+    lp, lq = lp.masked_fill(dead, 0), lq.masked_fill(dead, 0)
+    log_shares = torch.tensor([share, 1 - share], dtype=lp.dtype, device=lp.device).log()
+    return torch.logaddexp(lp + log_shares[0], lq + log_shares[1])
+
+
+def jsd(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    """β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q; forward KL at β = 0, reverse at 1. Agarwal et al. (2024), GKD."""
+    if beta == 0:
+        return forward_kl(lp, lq)
+    if beta == 1:
+        return reverse_kl(lp, lq)
+    lm = _log_mixture(lp, lq, beta)
+    return (beta * _plogr(lp.exp(), lp, lm) + (1 - beta) * _plogr(lq.exp(), lq, lm)).sum(-1)
+
+
+def skew_forward_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
+    """KL(p ‖ κp + (1-κ)q), κ = skew. Ko et al. (2024), DistiLLM."""
+    if skew == 0:
+        return forward_kl(lp, lq)
+    lm = lp if skew == 1 else _log_mixture(lp, lq, skew)
+    return _plogr(lp.exp(), lp, lm).sum(-1)
+
+
+def skew_reverse_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
+    """KL(q ‖ κq + (1-κ)p), κ = skew."""
+    return skew_forward_kl(lq, lp, skew)
+
+
+def total_variation(lp: Tensor, lq: Tensor) -> Tensor:
+    """½ Σ |p - q|; its gradient at p = q is 0."""
+    return (lp.exp() - lq.exp()).abs().sum(-1) / 2
+
+
+def alpha(lp: Tensor, lq: Tensor, alpha: float) -> Tensor:
+    """Σ (p^α q^(1-α) - αp - (1-α)q) / (α(α-1)); forward KL at α = 1, reverse at 0. Amari (1985)."""
+    if alpha == 0:
+        return reverse_kl(lp, lq)
+    if alpha == 1:
+        return forward_kl(lp, lq)
+    power = (alpha * lp + (1 - alpha) * lq).exp()
+    return (power - alpha * lp.exp() - (1 - alpha) * lq.exp()).sum(-1) / (alpha * (alpha - 1))
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jeffreys": jeffreys,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "alpha": alpha,
+}
+
+
+def row_losses(student: Tensor, teacher: Tensor, divergence: str, parameter: float, temperature: float) -> Tensor:
+    """The divergence of every row of [..., V] logits, [...] float64."""
+    lq = torch.log_softmax(student.double() / temperature, -1)
+    lp = torch.log_softmax(teacher.double() / temperature, -1)
+    formula = DIVERGENCES[divergence]
+    return formula(lp, lq, parameter) if formula.__code__.co_argcount == 3 else formula(lp, lq)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """`kldiv_ext.distillation_loss` in float64, written out; the arguments are not checked."""
+    parameter = {"jsd": beta, "alpha": alpha}.get(divergence, skew)
+    counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+    if mask is not None:
+        counts = counts & mask
+    if labels is not None:
+        counts = counts & (labels != ignore_index)
+    weights = counts.double() if weight is None else torch.where(counts, weight.double(), 0)
+    counts = weights != 0
+    # A position that does not count is never read: whatever stands there, NaN too, is replaced.
+    student, teacher = (z.double().masked_fill(~counts[..., None], 0) for z in (student_logits, teacher_logits))
+    losses = row_losses(student, teacher, divergence, parameter, temperature)
+    if scale_by_temperature_squared:
+        losses = losses * temperature**2
+    losses = torch.where(counts, losses * weights, 0)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "mean":
+        denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=total.device)
+        return torch.where(denominator == 0, 0 * total, total / denominator.masked_fill(denominator == 0, 1))
+    if reduction == "batchmean" and student_logits.dim() > 1:
+        return total / student_logits.shape[0]
+    return total
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """`kldiv_ext.kl_div` in float64: Σ p (log p - input), with 0 wherever p is 0."""
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else ("sum" if size_average is False else "mean")
+    return plain_kl_div(input.double(), target.double(), reduction, log_target)
+
+
+def plain_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+    """The same in the dtype of its arguments, for what the kernel does not take: broadcasting, AD modes."""
+    dead = target.exp() == 0 if log_target else target == 0
+    log_p = target.masked_fill(dead, 0) if log_target else target.masked_fill(dead, 1).log()
+    p = log_p.exp() if log_target else target
+    terms = torch.where(dead, 0, p * (log_p - torch.where(dead, 0, input)))
+    if reduction == "none":
+        return terms
+    if reduction == "mean":
+        return terms.mean()
+    if reduction == "batchmean" and input.dim() > 0:
+        return terms.sum() / input.shape[0]
+    return terms.sum()

@@ -1,0 +1,29 @@
+"""The demo (benchmarks/demo.py) runs end to end in its smoke-test size."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="the demo trains a BPE with the tokenizers package")
+pytest.importorskip("matplotlib", reason="the demo draws a plot with matplotlib")
+pytest.importorskip("tqdm", reason="the demo shows its progress with tqdm")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_quick_demo_writes_plot_and_curves_agree(tmp_path: Path) -> None:
+    plot = tmp_path / "demo.png"
+    command = [sys.executable, "-m", "benchmarks.demo", "--quick", "--output", str(plot)]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    found = re.search(r"largest difference of the loss curves: (\S+) nats", done.stdout)
+    assert found is not None, done.stdout
+    assert 0 <= float(found.group(1)) < 0.1
+    for form in ("F.kl_div", "kldiv_ext"):
+        assert re.search(rf"^{re.escape(form)} +\d", done.stdout, re.MULTILINE), done.stdout
