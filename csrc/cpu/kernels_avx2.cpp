@@ -1,5 +1,6 @@
 // The CPU kernels, compiled for avx2.
 #define KLDIV_ISA avx2
+#define KLDIV_VECTOR_BYTES 32
 #include "kernels.h"
 
 #if defined(KLDIV_HAS_X86_KERNELS)

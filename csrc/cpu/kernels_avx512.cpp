@@ -1,5 +1,6 @@
 // The CPU kernels, compiled for avx512.
 #define KLDIV_ISA avx512
+#define KLDIV_VECTOR_BYTES 64
 #include "kernels.h"
 
 #if defined(KLDIV_HAS_X86_KERNELS)

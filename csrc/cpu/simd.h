@@ -6,10 +6,9 @@
 namespace kldiv {
 inline namespace KLDIV_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+// kernels_*.cpp say how wide the vectors of their instruction set are.
+#if defined(KLDIV_VECTOR_BYTES)
+constexpr int kVectorBytes = KLDIV_VECTOR_BYTES;
 #else
 constexpr int kVectorBytes = 16;
 #endif
@@ -61,7 +60,7 @@ template <typename V>
 KLDIV_HD Scalar<V> sum_lanes(V v) {
   constexpr int n = sizeof(V) / sizeof(Scalar<V>);
   Scalar<V> lane[n];
-  __builtin_memcpy(lane, &v, sizeof(V));
+  for (int i = 0; i < n; ++i) lane[i] = v[i];
   for (int width = n / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
@@ -71,7 +70,7 @@ KLDIV_HD Scalar<V> sum_lanes(V v) {
 template <typename V>
 KLDIV_HD Scalar<V> max_lanes(V v) {
   Scalar<V> best = v[0];
-  for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(Scalar<V>)); ++i) best = maximum(best, v[i] + Scalar<V>(0));
+  for (int i = 1; i < static_cast<int>(sizeof(V) / sizeof(Scalar<V>)); ++i) best = maximum<Scalar<V>>(best, v[i]);
   return best;
 }
 

@@ -115,7 +115,7 @@ LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature) {
   return state;
 }
 
-// Phases 2 and 3 over one chunk, together or one by one.
+// Phases 2 and 3 over one chunk, together or one by one; kTeacher: also the teacher's side.
 template <bool kSums, bool kGradients, bool kTeacher, typename acc_t, typename Divergence>
 RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
                         const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
@@ -186,13 +186,8 @@ class RowWalk {
     const bool together = Divergence::kGradQSumsToZero && gradients && !teacher;
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        if (together) {
-          sums_[chunk] = pass<true, Divergence::kGradQSumsToZero, false>(row, chunk, *constants, factor);
-        } else if (teacher) {
-          sums_[chunk] = pass<true, false, true>(row, chunk, *constants, factor);
-        } else {
-          sums_[chunk] = pass<true, false, false>(row, chunk, *constants, factor);
-        }
+        sums_[chunk] = together ? pass<true, Divergence::kGradQSumsToZero, false>(row, chunk, *constants, factor)
+                                : pass<true, false, true>(row, chunk, *constants, factor);
       });
       const RowSums<acc_t> sums = fold(sums_.get(), chunks_, [](const auto& a, const auto& b) { return a + b; });
       constants->set_sums(sums);
@@ -200,11 +195,8 @@ class RowWalk {
     }
     if (gradients && !(loss && together)) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        if (teacher) {
-          pass<false, true, true>(row, chunk, *constants, factor);
-        } else {
-          pass<false, true, false>(row, chunk, *constants, factor);
-        }
+        teacher ? pass<false, true, true>(row, chunk, *constants, factor)
+                : pass<false, true, false>(row, chunk, *constants, factor);
       });
     }
   }
