@@ -23,20 +23,24 @@ inline namespace KLDIV_ISA {
 // One column of a row.
 template <typename T>
 struct Pair {
+  using Mask = decltype(T{} < T{});
+
   T larger;  // max(p, q)
   T gap;     // |log p - log q|, in [0, +inf]
   T expm1;   // min(p, q) / max(p, q) - 1 = e^{-gap} - 1, in [-1, 0]
   T excess;  // gap + expm1 >= 0, to full relative accuracy
-  T sign;    // of log p - log q: 1, 0 or -1
+  Mask teacher_is_larger;
 
-  // Pick by which of the two is larger.
-  KLDIV_HD T teacher_larger(T yes, T no) const { return sign >= 0 ? yes : no; }
+  KLDIV_HD T by_larger(T if_teacher, T if_student) const { return teacher_is_larger ? if_teacher : if_student; }
+  KLDIV_HD T by_larger(Scalar<T> if_teacher, Scalar<T> if_student) const {
+    return by_larger(splat<T>(if_teacher), splat<T>(if_student));
+  }
 
-  KLDIV_HD T ratio() const { return expm1 + 1; }       // smaller / larger
-  KLDIV_HD T teacher() const { return larger * teacher_larger(splat<T>(1), ratio()); }  // p
-  KLDIV_HD T student() const { return larger * teacher_larger(ratio(), splat<T>(1)); }  // q
+  KLDIV_HD T ratio() const { return expm1 + 1; }  // smaller / larger
+  KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio()); }  // p
+  KLDIV_HD T student() const { return larger * by_larger(ratio(), splat<T>(1)); }  // q
   // The same column with teacher and student exchanged.
-  KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, -sign}; }
+  KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, !teacher_is_larger}; }
   // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
   KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
   KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
@@ -52,15 +56,15 @@ struct ForwardKL {
     // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), whose first form keeps its
     // digits at small gaps and whose second does at large ones.
     const T below = x.gap < 1 ? -x.gap * x.expm1 - x.excess : -x.expm1 - x.finite_gap() * x.ratio();
-    return x.larger * x.teacher_larger(x.excess, below);
+    return x.larger * x.by_larger(x.excess, below);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // q - p
-    return x.larger * x.teacher_larger(x.expm1, -x.expm1);
+    return x.larger * x.by_larger(x.expm1, -x.expm1);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
-    return x.larger * x.teacher_larger(x.gap, -x.finite_gap() * x.ratio());
+    return x.larger * x.by_larger(x.gap, -x.finite_gap() * x.ratio());
   }
 };
 
@@ -98,7 +102,7 @@ struct Jeffreys {
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q (log p - log q) - (p - q)
-    return x.larger * x.teacher_larger(x.expm1 - x.finite_gap() * x.ratio(), x.gap - x.expm1);
+    return x.larger * x.by_larger(x.expm1 - x.finite_gap() * x.ratio(), x.gap - x.expm1);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
@@ -140,7 +144,7 @@ struct JensenShannon {
 
   template <typename T>
   KLDIV_HD T smaller_share(const Pair<T>& x) const {
-    return x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - beta)), splat<T>(static_cast<Scalar<T>>(beta)));
+    return x.by_larger(static_cast<Scalar<T>>(1 - beta), static_cast<Scalar<T>>(beta));
   }
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -152,13 +156,13 @@ struct JensenShannon {
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
     const T share = smaller_share(x);
     const Mixture<T> m(x, share);
-    return x.larger * x.teacher_larger(-share * m.smaller_gap, (share - 1) * m.log);
+    return x.larger * x.by_larger(-share * m.smaller_gap, (share - 1) * m.log);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // beta p log(p / m)
     const T share = smaller_share(x);
     const Mixture<T> m(x, share);
-    return x.larger * x.teacher_larger((share - 1) * m.log, -share * m.smaller_gap);
+    return x.larger * x.by_larger((share - 1) * m.log, -share * m.smaller_gap);
   }
 };
 
@@ -170,24 +174,23 @@ struct SkewForwardKL {
 
   template <typename T>
   KLDIV_HD Mixture<T> mixture(const Pair<T>& x) const {
-    return Mixture<T>(x, x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - skew)),
-                                          splat<T>(static_cast<Scalar<T>>(skew))));
+    return Mixture<T>(x, x.by_larger(static_cast<Scalar<T>>(1 - skew), static_cast<Scalar<T>>(skew)));
   }
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
     const Mixture<T> m = mixture(x);
-    return x.larger * x.teacher_larger(m.kl_larger, m.kl_smaller);
+    return x.larger * x.by_larger(m.kl_larger, m.kl_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
     const Mixture<T> m = mixture(x);
-    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.teacher_larger(m.one_minus_larger, m.one_minus_smaller);
+    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m)
     const Mixture<T> m = mixture(x);
-    return x.larger * x.teacher_larger(-m.log, -m.smaller_gap) +
-           static_cast<Scalar<T>>(skew) * x.teacher() * x.teacher_larger(m.one_minus_larger, m.one_minus_smaller);
+    return x.larger * x.by_larger(-m.log, -m.smaller_gap) +
+           static_cast<Scalar<T>>(skew) * x.teacher() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
 };
 
@@ -204,7 +207,8 @@ struct TotalVariation {
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q sign(p - q) / 2
-    return x.student() * x.sign * static_cast<Scalar<T>>(-0.5);
+    const T half = x.student() * x.by_larger(static_cast<Scalar<T>>(-0.5), static_cast<Scalar<T>>(0.5));
+    return x.gap == 0 ? T{} : half;
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
@@ -221,7 +225,7 @@ struct Alpha {
   // The exponent of the smaller probability, so that r = larger * e^{-share gap}.
   template <typename T>
   KLDIV_HD T smaller_share(const Pair<T>& x) const {
-    return x.teacher_larger(splat<T>(static_cast<Scalar<T>>(1 - alpha)), splat<T>(static_cast<Scalar<T>>(alpha)));
+    return x.by_larger(static_cast<Scalar<T>>(1 - alpha), static_cast<Scalar<T>>(alpha));
   }
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -234,12 +238,12 @@ struct Alpha {
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (q - r) / alpha
     const Decay<T> r(smaller_share(x) * x.gap);
-    return x.larger * x.teacher_larger(x.expm1 - r.expm1, -r.expm1) * static_cast<Scalar<T>>(1 / alpha);
+    return x.larger * x.by_larger(x.expm1 - r.expm1, -r.expm1) * static_cast<Scalar<T>>(1 / alpha);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // (p - r) / (1 - alpha)
     const Decay<T> r(smaller_share(x) * x.gap);
-    return x.larger * x.teacher_larger(-r.expm1, x.expm1 - r.expm1) * static_cast<Scalar<T>>(1 / (1 - alpha));
+    return x.larger * x.by_larger(-r.expm1, x.expm1 - r.expm1) * static_cast<Scalar<T>>(1 / (1 - alpha));
   }
 };
 

@@ -50,17 +50,17 @@ struct RowSums {
 template <typename acc_t>
 struct RowConstants {
   static constexpr int kCount = 7;
-  acc_t teacher_max, teacher_log_sum;  // log p = (t - teacher_max) / T - teacher_log_sum
-  acc_t student_max, student_log_sum;
-  acc_t shift;                         // log p - log q = (t - s) / T - shift
+  acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
+  acc_t student_max, student_log2_sum;
+  acc_t shift;                          // log p - log q = (t - s) / T - shift
   acc_t sum_grad_q, sum_grad_p;
 
   RowConstants() = default;
   KLDIV_HD RowConstants(const RowState<acc_t>& state, acc_t inverse_temperature)
       : teacher_max(state.teacher.max),
-        teacher_log_sum(log_of(state.teacher.sum)),
+        teacher_log2_sum(log_of(state.teacher.sum) * static_cast<acc_t>(kLog2E)),
         student_max(state.student.max),
-        student_log_sum(log_of(state.student.sum)),
+        student_log2_sum(log_of(state.student.sum) * static_cast<acc_t>(kLog2E)),
         // One logarithm of the ratio: for close rows the difference of two would lose their common digits.
         shift((state.teacher.max - state.student.max) * inverse_temperature +
               log_of(state.teacher.sum / state.student.sum)),
@@ -85,16 +85,14 @@ KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& 
   const T difference = teacher == student ? T{} : teacher - student;
   const T delta = difference * inverse_temperature - row.shift;
   Pair<T> x;
-  x.sign = delta > 0 ? splat<T>(1) : (delta < 0 ? splat<T>(-1) : T{});
-  x.gap = delta < 0 ? -delta : delta;
+  x.teacher_is_larger = delta >= 0;
+  x.gap = x.teacher_is_larger ? delta : -delta;
   const Decay<T> decay(x.gap);
   x.expm1 = decay.expm1;
   x.excess = decay.excess;
-  const T probability = exp(x.teacher_larger((teacher - row.teacher_max) * inverse_temperature - row.teacher_log_sum,
-                                             (student - row.student_max) * inverse_temperature - row.student_log_sum));
-  // Beside an exact 0 the other probability counts, however small: inf * tiny, not inf * 0.
-  const T tiny = splat<T>(FormatOf<T>::kTiny);
-  x.larger = x.gap < infinity<T>() ? probability : maximum(probability, tiny);
+  const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
+  x.larger = exp2(x.by_larger((teacher - row.teacher_max) * per_bit - row.teacher_log2_sum,
+                              (student - row.student_max) * per_bit - row.student_log2_sum));
   return x;
 }
 

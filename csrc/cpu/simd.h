@@ -1,7 +1,10 @@
 // SIMD vectors of the instruction set this file is compiled for: loads, stores and fixed-order sums.
 #pragma once
 
+#include <type_traits>
+
 #include "../math.h"
+#include "../scalar_types.h"
 
 namespace kldiv {
 inline namespace KLDIV_ISA {
@@ -53,6 +56,42 @@ KLDIV_HD Vec<acc_t> load(const acc_t* p) {
 template <typename acc_t>
 KLDIV_HD void store(acc_t* p, Vec<acc_t> v) {
   __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// Vectors of the 16-bit storage types that fill one VecF.
+using VecU16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+using VecU32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+
+// kLanes<acc_t> elements of storage as a vector of acc_t, and back. bfloat16 is spelt out because its scalar
+// conversion does not vectorise by itself; the rest is left to the compiler.
+template <typename acc_t, typename scalar_t>
+KLDIV_HD Vec<acc_t> load_as(const scalar_t* p) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return load(p);
+  } else if constexpr (std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
+    VecU16 bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return bit_cast<VecF>(__builtin_convertvector(bits, VecU32) << 16);
+  } else {
+    acc_t lanes[kLanes<acc_t>];
+    for (int i = 0; i < kLanes<acc_t>; ++i) lanes[i] = widen<acc_t>(p[i]);
+    return load(lanes);
+  }
+}
+
+template <typename acc_t_vector, typename scalar_t>
+KLDIV_HD void store_as(scalar_t* p, acc_t_vector v) {
+  using acc_t = Scalar<acc_t_vector>;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    store(p, v);
+  } else if constexpr (std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
+    const VecU32 bits = bit_cast<VecU32>(v);
+    const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const VecU16 narrowed = __builtin_convertvector(v == v ? rounded : VecU32{} + 0x7fc0u, VecU16);
+    __builtin_memcpy(p, &narrowed, sizeof(narrowed));
+  } else {
+    for (int i = 0; i < kLanes<acc_t>; ++i) p[i] = narrow<scalar_t>(v[i]);
+  }
 }
 
 // Sum over the lanes as a balanced tree.

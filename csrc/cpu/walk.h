@@ -32,12 +32,12 @@ const acc_t* stage(const Matrix& matrix, int64_t row_offset, int64_t begin, int6
         return;
       }
     }
+    int64_t i = 0;
     if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) buffer[i] = widen<acc_t>(source[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) buffer[i] = widen<acc_t>(source[i * stride]);
+      for (; i + kLanes<acc_t> <= n; i += kLanes<acc_t>) store(buffer + i, load_as<acc_t>(source + i));
     }
-    for (int64_t i = n; i < padded<acc_t>(n); ++i) buffer[i] = padding;
+    for (; i < n; ++i) buffer[i] = widen<acc_t>(source[i * stride]);
+    for (; i < padded<acc_t>(n); ++i) buffer[i] = padding;
   });
   return staged;
 }
@@ -60,7 +60,9 @@ class Sink {
     dispatch_dtype(output_->dtype, [&](auto type) {
       using scalar_t = decltype(type);
       scalar_t* out = static_cast<scalar_t*>(output_->data) + offset_;
-      for (int64_t i = 0; i < n_; ++i) out[i] = narrow<scalar_t>(buffer_[i]);
+      int64_t i = 0;
+      for (; i + kLanes<acc_t> <= n_; i += kLanes<acc_t>) store_as(out + i, load(buffer_ + i));
+      for (; i < n_; ++i) out[i] = narrow<scalar_t>(buffer_[i]);
     });
   }
 
@@ -100,17 +102,22 @@ void parallel_for(const Threads& threads, int64_t n, int64_t grain, const Body& 
 
 // ---------------------------------------------------------------- divergences from logits
 
-// Phase 1 over one chunk.
+// Phase 1 over one chunk. The chunk behind it, at `next`, is fetched meanwhile: the search for the maximum would
+// otherwise wait for memory, and the exponentials leave it idle.
 template <typename acc_t>
-LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature) {
+LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, const char* next, int element_size) {
   using V = Vec<acc_t>;
   V largest = -infinity<V>();
   for (int i = 0; i < n; i += kLanes<acc_t>) largest = maximum(largest, load(x + i));
   LogSumExp<acc_t> state;
   state.max = max_lanes(largest);
   const acc_t offset = state.offset();
+  const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   V sum{};
-  for (int i = 0; i < n; i += kLanes<acc_t>) sum += exp((load(x + i) - offset) * inverse_temperature);
+  for (int i = 0; i < n; i += kLanes<acc_t>) {
+    __builtin_prefetch(next + i * element_size);
+    sum += exp2((load(x + i) - offset) * per_bit);
+  }
   state.sum = sum_lanes(sum);
   return state;
 }
@@ -225,8 +232,13 @@ class RowWalk {
   RowState<acc_t> state(int64_t row, int64_t index) const {
     Chunk chunk;
     open(chunk, row, index);
-    return {log_sum_exp(chunk.teacher, chunk.padded_size, inverse_temperature_),
-            log_sum_exp(chunk.student, chunk.padded_size, inverse_temperature_)};
+    const auto side = [&](const Matrix& matrix, const acc_t* x) {
+      const int size = matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+      const int64_t next = matrix.layout.offset(row) + (chunk.begin + kChunk) * matrix.layout.column_stride;
+      return log_sum_exp(x, chunk.padded_size, inverse_temperature_,
+                         static_cast<const char*>(matrix.data) + next * size, size);
+    };
+    return {side(args_.teacher, chunk.teacher), side(args_.student, chunk.student)};
   }
 
   template <bool kSums, bool kGradients, bool kTeacher>
@@ -379,9 +391,10 @@ inline void scale(const ScaleArgs& args, const Threads& threads) {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     scalar_t* gradient = static_cast<scalar_t*>(args.gradient.data);
     parallel_for(threads, args.count, 16384, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        gradient[i] = narrow<scalar_t>(widen<acc_t>(gradient[i]) * static_cast<acc_t>(factor));
-      }
+      const acc_t by = static_cast<acc_t>(factor);
+      int64_t i = begin;
+      for (; i + kLanes<acc_t> <= end; i += kLanes<acc_t>) store_as(gradient + i, load_as<acc_t>(gradient + i) * by);
+      for (; i < end; ++i) gradient[i] = narrow<scalar_t>(widen<acc_t>(gradient[i]) * by);
     });
   });
 }

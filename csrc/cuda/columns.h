@@ -1,0 +1,98 @@
+// What is done with a group of columns, in each of a row's three phases; rows.h says how groups are come by.
+#pragma once
+
+#include "../row_state.h"
+#include "groups.h"
+
+namespace kldiv::cuda {
+
+// A sum over a group, before it meets the thread's long one: fewer roundings.
+template <typename acc_t>
+KLDIV_DEVICE acc_t sum_group(const Group<acc_t>& group) {
+  const acc_t* x = group.x;
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// Phase 1: the state of the columns so far and those of the group.
+template <typename acc_t>
+KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
+                                       acc_t inverse_temperature) {
+  LogSumExp<acc_t> both;
+  both.max = state.max;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) both.max = maximum(both.max, group.x[i]);
+  const acc_t offset = both.offset();
+  Group<acc_t> exps;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) exps.x[i] = exp((group.x[i] - offset) * inverse_temperature);
+  both.sum = state.sum * exp((state.max - offset) * inverse_temperature) + sum_group(exps);
+  return both;
+}
+
+// Phases 2 and 3, once the row's constants are known.
+template <typename acc_t, typename Divergence>
+struct Columns {
+  const Divergence& divergence;
+  const RowConstants<acc_t>& row;
+  acc_t inverse_temperature;
+  acc_t factor;  // multiplies gradients
+
+  // Phase 2; the gradients' sums where nobody knows them to be 0.
+  KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+    Group<acc_t> terms, grads_q, grads_p;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i);
+      terms.x[i] = divergence.term(x);
+      grads_q.x[i] = Divergence::kGradQSumsToZero ? 0 : divergence.grad_q(x);
+      grads_p.x[i] = Divergence::kGradPSumsToZero ? 0 : divergence.grad_p(x);
+    }
+    return {sum_group(terms), sum_group(grads_q), sum_group(grads_p)};
+  }
+
+  // Phases 2 and 3 in one, for a divergence whose g_q sums to 0: the sum of terms, and the student's gradient.
+  KLDIV_DEVICE acc_t sum_with_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student,
+                                       Group<acc_t>& gradient) const {
+    static_assert(Divergence::kGradQSumsToZero);
+    Group<acc_t> terms;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i);
+      terms.x[i] = divergence.term(x);
+      gradient.x[i] = divergence.grad_q(x) * factor;
+    }
+    return sum_group(terms);
+  }
+
+  // Phase 3.
+  KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+    Group<acc_t> gradient;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i);
+      acc_t g = divergence.grad_q(x);
+      if constexpr (!Divergence::kGradQSumsToZero) g = g - x.student() * row.sum_grad_q;
+      gradient.x[i] = g * factor;
+    }
+    return gradient;
+  }
+
+  KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+    Group<acc_t> gradient;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i);
+      acc_t g = divergence.grad_p(x);
+      if constexpr (!Divergence::kGradPSumsToZero) g = g - x.teacher() * row.sum_grad_p;
+      gradient.x[i] = g * factor;
+    }
+    return gradient;
+  }
+
+ private:
+  KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
+    return make_pair(teacher.x[i], student.x[i], row, inverse_temperature);
+  }
+};
+
+}  // namespace kldiv::cuda

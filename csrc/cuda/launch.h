@@ -1,0 +1,38 @@
+// The CUDA kernels' entry points, and how many threads and blocks they are launched with.
+//
+// All pointers in the arguments are device pointers. Nothing here waits for the device or throws; an error of a
+// launch is left for cudaGetLastError().
+#pragma once
+
+#include "../args.h"
+
+namespace kldiv::cuda {
+
+void distillation(const DistillationArgs& args, void* stream);
+void pointwise(const PointwiseArgs& args, void* stream);
+void scale(const ScaleArgs& args, void* stream);
+
+// How many blocks share a row, by its length alone: the order of every sum follows from it.
+struct RowRule {
+  int64_t columns;  // for rows of up to so many columns
+  int threads;
+};
+constexpr RowRule kRowRules[] = {
+    {256, 32},          // a warp: its sums wait for nobody
+    {512, 64},          // up to here a thread per group of eight columns: the shortest way through a short row
+    {1024, 128},        //
+    {2048, 256},        //
+    {65536, 512},       // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
+    {INT64_MAX, 1024},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
+};
+constexpr int row_threads(int64_t columns) {
+  int i = 0;
+  while (columns > kRowRules[i].columns) ++i;
+  return kRowRules[i].threads;
+}
+
+// Enough blocks to fill any device many times over; beyond it a block takes several rows.
+constexpr int64_t kMaxRowBlocks = 65536;
+constexpr int64_t row_blocks(int64_t rows) { return rows < kMaxRowBlocks ? rows : kMaxRowBlocks; }
+
+}  // namespace kldiv::cuda

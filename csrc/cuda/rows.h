@@ -1,0 +1,132 @@
+// How rows are walked on a CUDA device: a block takes a row, its threads the groups of columns in turn, and a row
+// is read again for each phase. The portable tier, for sm_80 and up.
+#pragma once
+
+#include "columns.h"
+#include "launch.h"
+#include "reduce.h"
+
+namespace kldiv::cuda {
+
+template <typename Side, typename Divergence>
+class RowWalk {
+ public:
+  using acc_t = typename Side::acc_t;
+
+  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence)
+      : args_(args), divergence_(divergence), inverse_temperature_(static_cast<acc_t>(1 / args.temperature)) {}
+
+  KLDIV_DEVICE void operator()(int64_t row) const {
+    acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
+    auto* saved = static_cast<RowConstants<acc_t>*>(args_.row_constants) + row;
+    const bool first_thread = device::thread() == 0;
+    acc_t scale = static_cast<acc_t>(args_.scale);
+    if (args_.row_scale) scale *= static_cast<const acc_t*>(args_.row_scale)[row];
+    if (scale == 0) {  // a position that does not count is not read
+      fill_zero(args_.grad_student, row);
+      fill_zero(args_.grad_teacher, row);
+      if (loss && first_thread) {
+        *loss = 0;
+        *saved = RowConstants<acc_t>();
+      }
+      return;
+    }
+    const Side teacher(args_.teacher, row, args_.columns), student(args_.student, row, args_.columns);
+    const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
+    const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.data;
+    RowConstants<acc_t> constants = loss ? RowConstants<acc_t>(state(teacher, student), inverse_temperature_) : *saved;
+    if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
+    // 0 * shift makes the whole row NaN where one of its logits is.
+    const acc_t factor = scale * inverse_temperature_ + 0 * constants.shift;
+    const Columns<acc_t, Divergence> columns{divergence_, constants, inverse_temperature_, factor};
+    if (loss) {
+      const RowSums<acc_t> sums = together ? sums_with_gradient(columns, teacher, student, row)
+                                           : this->sums(columns, teacher, student);
+      constants.set_sums(sums);
+      if (first_thread) {
+        *loss = scale * sums.term;
+        *saved = constants;
+      }
+    }
+    if (gradients && !(loss && together)) write_gradients(columns, teacher, student, row);
+  }
+
+ private:
+  using Evaluation = Columns<acc_t, Divergence>;
+
+  // Calls body(teacher's group, student's group, first, n) for this thread's groups.
+  template <Use use, typename Body>
+  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
+    constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
+    for_each_group(args_.columns, device::thread(), device::threads(), [&](int64_t first, int64_t n) {
+      body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
+    });
+  }
+
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student) const {
+    RowState<acc_t> mine;
+    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, int64_t, int64_t) {
+      mine.teacher = extended(mine.teacher, t, inverse_temperature_);
+      mine.student = extended(mine.student, s, inverse_temperature_);
+    });
+    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, inverse_temperature_); });
+  }
+
+  KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
+    RowSums<acc_t> mine;
+    walk<Use::kAgain>(teacher, student,
+                      [&](const auto& t, const auto& s, int64_t, int64_t) { mine = mine + columns.sums(t, s); });
+    return block_reduce(mine, Plus());
+  }
+
+  KLDIV_DEVICE RowSums<acc_t> sums_with_gradient(const Evaluation& columns, const Side& teacher, const Side& student,
+                                                 int64_t row) const {
+    RowSums<acc_t> mine;
+    if constexpr (Divergence::kGradQSumsToZero) {
+      walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, int64_t first, int64_t n) {
+        Group<acc_t> gradient;
+        mine.term += columns.sum_with_gradient(t, s, gradient);
+        Side::store(args_.grad_student, row * args_.columns + first, n, gradient);
+      });
+    }
+    return block_reduce(mine, Plus());
+  }
+
+  KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student,
+                                    int64_t row) const {
+    walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, int64_t first, int64_t n) {
+      const int64_t offset = row * args_.columns + first;
+      if (args_.grad_student.data) Side::store(args_.grad_student, offset, n, columns.student_gradient(t, s));
+      if (args_.grad_teacher.data) Side::store(args_.grad_teacher, offset, n, columns.teacher_gradient(t, s));
+    });
+  }
+
+  KLDIV_DEVICE void fill_zero(const Output& output, int64_t row) const {
+    if (output.data == nullptr) return;
+    for_each_group(args_.columns, device::thread(), device::threads(), [&](int64_t first, int64_t n) {
+      Side::store(output, row * args_.columns + first, n, Group<acc_t>{});
+    });
+  }
+
+  const DistillationArgs& args_;
+  const Divergence& divergence_;
+  const acc_t inverse_temperature_;
+};
+
+template <typename Side, typename Divergence>
+KLDIV_KERNEL(kMaxThreads) distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence) {
+  const RowWalk<Side, Divergence> walk(args, divergence);
+  for (int64_t row = device::block(); row < args.rows; row += device::blocks()) walk(row);
+}
+
+// Host side, for one kind of Side.
+template <typename Side>
+void launch_rows(const DistillationArgs& args, void* stream) {
+  dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
+    using Divergence = std::decay_t<decltype(divergence)>;
+    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads(args.columns), stream, args,
+                   divergence);
+  });
+}
+
+}  // namespace kldiv::cuda
