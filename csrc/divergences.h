@@ -14,6 +14,7 @@
 #pragma once
 
 #include <string_view>
+#include <type_traits>
 
 #include "math.h"
 
@@ -32,7 +33,9 @@ struct Pair {
   Mask teacher_is_larger;
 
   KLDIV_HD T by_larger(T if_teacher, T if_student) const { return teacher_is_larger ? if_teacher : if_student; }
-  KLDIV_HD T by_larger(Scalar<T> if_teacher, Scalar<T> if_student) const {
+  KLDIV_HD T by_larger(Scalar<T> if_teacher, Scalar<T> if_student) const
+    requires(!std::is_same_v<T, Scalar<T>>)
+  {
     return by_larger(splat<T>(if_teacher), splat<T>(if_student));
   }
 

@@ -79,15 +79,31 @@ KLDIV_HD T nan() {
   return splat<T>(static_cast<Scalar<T>>(__builtin_nanf("")));
 }
 
-// Keep a if it is larger; a NaN in b is passed over, one in a is kept.
+// 2^k for the integer k that `rounded` = k + kRound holds in its low mantissa bits.
 template <typename T>
-KLDIV_HD T maximum(T a, T b) {
-  return b > a ? b : a;
+KLDIV_HD T power_of_two(T rounded) {
+  using F = FormatOf<T>;
+  return bit_cast<T>(static_cast<IntOf<T>>((bit_cast<IntOf<T>>(rounded) << F::kMantissaBits) + F::kOne));
 }
 
+// What some instruction sets have an instruction for; cpu/simd.h specialises it.
+template <typename T>
+struct Primitives {
+  KLDIV_HD static T maximum(T a, T b) { return b > a ? b : a; }
+  KLDIV_HD static T minimum(T a, T b) { return b < a ? b : a; }
+  KLDIV_HD static T round(T x) { return (x + FormatOf<T>::kRound) - FormatOf<T>::kRound; }
+  // x * 2^k for an integer k with both 2^k and the result normal numbers
+  KLDIV_HD static T scale(T x, T k) { return x * power_of_two(k + FormatOf<T>::kRound); }
+};
+
+// The larger of the two; a NaN in b is passed over, one in a is kept.
+template <typename T>
+KLDIV_HD T maximum(T a, T b) {
+  return Primitives<T>::maximum(a, b);
+}
 template <typename T>
 KLDIV_HD T minimum(T a, T b) {
-  return b < a ? b : a;
+  return Primitives<T>::minimum(a, b);
 }
 
 inline constexpr double kLn2 = 0.69314718055994530942;
@@ -168,22 +184,18 @@ KLDIV_HD T atanh_tail(T z) {
 
 }  // namespace polynomial
 
-// 2^k for the integer k that `rounded` = k + kRound holds in its low mantissa bits.
+// 2^x for x up to kLargestExponent; what would underflow, -inf too, stays at the smallest normal number.
 template <typename T>
-KLDIV_HD T power_of_two(T rounded) {
-  using F = FormatOf<T>;
-  return bit_cast<T>(static_cast<IntOf<T>>((bit_cast<IntOf<T>>(rounded) << F::kMantissaBits) + F::kOne));
+KLDIV_HD T exp2_floored(T x) {
+  const T clamped = maximum(x, splat<T>(FormatOf<T>::kSmallestExponent));
+  const T k = Primitives<T>::round(clamped);
+  return Primitives<T>::scale(polynomial::exp2(clamped - k), k);
 }
 
-// 2^x for x up to kLargestExponent. What would underflow stays at the smallest normal number, so that a probability
-// is 0 only where its logarithm is -inf.
+// The same, and 0 at -inf: a probability is 0 only where its logarithm is -inf.
 template <typename T>
 KLDIV_HD T exp2(T x) {
-  using F = FormatOf<T>;
-  const T clamped = maximum(x, splat<T>(F::kSmallestExponent));
-  const T rounded = clamped + F::kRound;
-  const T value = power_of_two(rounded) * polynomial::exp2(clamped - (rounded - F::kRound));
-  return x == -infinity<T>() ? T{} : value;
+  return x == -infinity<T>() ? T{} : exp2_floored(x);
 }
 
 // e^x, likewise.
@@ -215,7 +227,7 @@ struct Decay {
     const T x = maximum(-gap, splat<T>(F::kSmallestExponent * static_cast<Scalar<T>>(kLn2)));
     const T rounded = x * static_cast<Scalar<T>>(kLog2E) + F::kRound;
     const T f = x - (rounded - F::kRound) * static_cast<Scalar<T>>(kLn2);
-    const T scale = power_of_two(rounded);
+    const T scale = power_of_two(rounded);  // 2^k
     const T tail = f * f * polynomial::exp_tail(f);  // e^f - 1 - f
     const T drop = scale - 1;
     expm1 = scale * (f + tail) + drop;

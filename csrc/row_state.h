@@ -7,7 +7,7 @@
 namespace kldiv {
 inline namespace KLDIV_ISA {
 
-// sum of e^{(x - max) / T} over part of a row; max is in logits. An empty part is {-inf, 0}.
+// sum of e^{(x - max) / T} over part of a row; max is in logits. Where all is -inf, max is, and sum means nothing.
 template <typename acc_t>
 struct LogSumExp {
   acc_t max = static_cast<acc_t>(-__builtin_inff());
@@ -58,12 +58,12 @@ struct RowConstants {
   RowConstants() = default;
   KLDIV_HD RowConstants(const RowState<acc_t>& state, acc_t inverse_temperature)
       : teacher_max(state.teacher.max),
-        teacher_log2_sum(log_of(state.teacher.sum) * static_cast<acc_t>(kLog2E)),
+        teacher_log2_sum(log_sum(state.teacher) * static_cast<acc_t>(kLog2E)),
         student_max(state.student.max),
-        student_log2_sum(log_of(state.student.sum) * static_cast<acc_t>(kLog2E)),
+        student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
         // One logarithm of the ratio: for close rows the difference of two would lose their common digits.
         shift((state.teacher.max - state.student.max) * inverse_temperature +
-              log_of(state.teacher.sum / state.student.sum)),
+              log(state.teacher.sum / state.student.sum)),
         sum_grad_q(0),
         sum_grad_p(0) {}
 
@@ -75,7 +75,9 @@ struct RowConstants {
 
  private:
   // A row without any mass (all -inf) is NaN.
-  KLDIV_HD static acc_t log_of(acc_t x) { return x > 0 ? log(x) : nan<acc_t>(); }
+  KLDIV_HD static acc_t log_sum(const LogSumExp<acc_t>& state) {
+    return state.max == -infinity<acc_t>() ? nan<acc_t>() : log(state.sum);
+  }
 };
 
 // One column from its two logits; T is acc_t or a vector of it.

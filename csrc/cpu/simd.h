@@ -1,6 +1,14 @@
 // SIMD vectors of the instruction set this file is compiled for: loads, stores and fixed-order sums.
 #pragma once
 
+// kernels_*.cpp say how wide the vectors of their instruction set are.
+#if !defined(KLDIV_VECTOR_BYTES)
+#define KLDIV_VECTOR_BYTES 16
+#endif
+#if KLDIV_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 #include <type_traits>
 
 #include "../math.h"
@@ -9,12 +17,7 @@
 namespace kldiv {
 inline namespace KLDIV_ISA {
 
-// kernels_*.cpp say how wide the vectors of their instruction set are.
-#if defined(KLDIV_VECTOR_BYTES)
 constexpr int kVectorBytes = KLDIV_VECTOR_BYTES;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 
 using VecF = float __attribute__((vector_size(kVectorBytes)));
 using VecD = double __attribute__((vector_size(kVectorBytes)));
@@ -29,6 +32,25 @@ struct Lanes<VecD> {
   using Scalar = double;
   using Int = int64_t __attribute__((vector_size(kVectorBytes)));
 };
+
+#if KLDIV_VECTOR_BYTES == 64
+template <>
+struct Primitives<VecF> {
+  // maxps and minps return their second operand if either is NaN.
+  KLDIV_HD static VecF maximum(VecF a, VecF b) { return _mm512_max_ps(b, a); }
+  KLDIV_HD static VecF minimum(VecF a, VecF b) { return _mm512_min_ps(b, a); }
+  KLDIV_HD static VecF round(VecF x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+  KLDIV_HD static VecF scale(VecF x, VecF k) { return _mm512_scalef_ps(x, k); }
+};
+#elif KLDIV_VECTOR_BYTES == 32
+template <>
+struct Primitives<VecF> {
+  KLDIV_HD static VecF maximum(VecF a, VecF b) { return _mm256_max_ps(b, a); }
+  KLDIV_HD static VecF minimum(VecF a, VecF b) { return _mm256_min_ps(b, a); }
+  KLDIV_HD static VecF round(VecF x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  KLDIV_HD static VecF scale(VecF x, VecF k) { return x * power_of_two<VecF>(k + Format<float>::kRound); }
+};
+#endif
 
 template <typename acc_t>
 struct VecOf;

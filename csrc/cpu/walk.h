@@ -107,16 +107,21 @@ void parallel_for(const Threads& threads, int64_t n, int64_t grain, const Body& 
 template <typename acc_t>
 LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, const char* next, int element_size) {
   using V = Vec<acc_t>;
-  V largest = -infinity<V>();
-  for (int i = 0; i < n; i += kLanes<acc_t>) largest = maximum(largest, load(x + i));
+  V largest[4];  // as many as hide the latency of a comparison
+  for (V& part : largest) part = -infinity<V>();
+  int i = 0;
+  for (; i + 4 * kLanes<acc_t> <= n; i += 4 * kLanes<acc_t>) {
+    for (int j = 0; j < 4; ++j) largest[j] = maximum(largest[j], load(x + i + j * kLanes<acc_t>));
+  }
+  for (; i < n; i += kLanes<acc_t>) largest[0] = maximum(largest[0], load(x + i));
   LogSumExp<acc_t> state;
-  state.max = max_lanes(largest);
+  state.max = max_lanes(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
   const acc_t offset = state.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   V sum{};
-  for (int i = 0; i < n; i += kLanes<acc_t>) {
+  for (i = 0; i < n; i += kLanes<acc_t>) {
     __builtin_prefetch(next + i * element_size);
-    sum += exp2((load(x + i) - offset) * per_bit);
+    sum += exp2_floored((load(x + i) - offset) * per_bit);
   }
   state.sum = sum_lanes(sum);
   return state;

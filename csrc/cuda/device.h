@@ -9,6 +9,7 @@
 #else
 
 #define KLDIV_DEVICE __device__ __forceinline__
+#define KLDIV_DEVICE_CALL __device__ __noinline__
 
 // A kernel, for blocks of at most max_threads; its big arguments are read where they lie, not copied per thread.
 #define KLDIV_KERNEL(max_threads) __global__ __launch_bounds__(max_threads) void

@@ -25,13 +25,13 @@ using AccOf = std::conditional_t<std::is_same_v<scalar_t, double>, double, float
 enum class Use { kAgain, kOnce };
 
 template <typename scalar_t>
-KLDIV_DEVICE bool in_16_byte_steps(const scalar_t* data, int64_t n) {
+KLDIV_DEVICE bool in_16_byte_steps(const scalar_t* data, int n) {
   return n >= kGroup && reinterpret_cast<uintptr_t>(data) % sizeof(device::Bytes16) == 0;
 }
 
 // The n elements from `data` on, filled up to a group with `padding`.
 template <Use use, typename scalar_t>
-KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int64_t n, AccOf<scalar_t> padding) {
+KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int n, AccOf<scalar_t> padding) {
   using acc_t = AccOf<scalar_t>;
   constexpr int kStep = sizeof(device::Bytes16) / sizeof(scalar_t);
   Group<acc_t> group;
@@ -53,7 +53,7 @@ KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int64_t n, 
 
 // Writes the first n elements of a group.
 template <typename scalar_t>
-KLDIV_DEVICE void store_group(scalar_t* data, int64_t n, const Group<AccOf<scalar_t>>& group) {
+KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>>& group) {
   constexpr int kStep = sizeof(device::Bytes16) / sizeof(scalar_t);
   if (in_16_byte_steps(data, n)) {
 #pragma unroll
@@ -73,79 +73,81 @@ KLDIV_DEVICE void store_group(scalar_t* data, int64_t n, const Group<AccOf<scala
   }
 }
 
-template <typename acc_t>
-KLDIV_DEVICE acc_t load_element(const void* data, Dtype dtype, int64_t offset) {
-  acc_t x{};
-  dispatch_dtype(dtype, [&](auto type) { x = widen<acc_t>(static_cast<const decltype(type)*>(data)[offset]); });
-  return x;
-}
-
-// One side of a kernel: the elements of a matrix in row-major order from a row on. DenseSide is for a matrix of
-// scalar_t whose columns lie side by side; it stays within the one row unless the rows do so too.
+// One side of a row, columns [first, first + n) at a time. DenseSide: scalar_t, side by side.
 template <typename scalar_t>
 class DenseSide {
  public:
   using acc_t = AccOf<scalar_t>;
 
-  KLDIV_DEVICE DenseSide(const Matrix& matrix, int64_t row, int64_t /*columns*/)
-      : data_(static_cast<const scalar_t*>(matrix.data) + matrix.layout.offset(row)) {}
+  KLDIV_DEVICE DenseSide(const Matrix& matrix, int64_t row)
+      : row_(static_cast<const scalar_t*>(matrix.data) + matrix.layout.offset(row)) {}
 
   template <Use use>
-  KLDIV_DEVICE Group<acc_t> load(int64_t first, int64_t n, acc_t padding) const {
-    return load_group<use>(data_ + first, n, padding);
+  KLDIV_DEVICE Group<acc_t> load(uint32_t first, int n, acc_t padding) const {
+    return load_group<use>(row_ + first, n, padding);
   }
 
-  KLDIV_DEVICE static void store(const Output& output, int64_t first, int64_t n, const Group<acc_t>& group) {
+  KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
     store_group(static_cast<scalar_t*>(output.data) + first, n, group);
   }
 
  private:
-  const scalar_t* data_;
+  const scalar_t* row_;
 };
 
-// Any dtype and any strides, element by element: for what is too rare to deserve kernels of its own.
+// Groups of any dtype and stride. Calls, not inlined: kernels would lose their registers to addresses.
+template <typename acc_t>
+KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
+                                        acc_t padding) {
+  Group<acc_t> group;
+  dispatch_dtype(dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(data) + offset;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
+  });
+  return group;
+}
+
+template <typename acc_t>
+KLDIV_DEVICE_CALL void store_any(void* data, Dtype dtype, int64_t offset, int n, Group<acc_t> group) {
+  dispatch_dtype(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(data) + offset;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (i < n) to[i] = narrow<decltype(type)>(group.x[i]);
+    }
+  });
+}
+
+// Any dtype and any stride, element by element: for what is too rare to deserve kernels of its own.
 template <typename acc>
 class AnySide {
  public:
   using acc_t = acc;
 
-  KLDIV_DEVICE AnySide(const Matrix& matrix, int64_t row, int64_t columns)
-      : matrix_(matrix), row_(row), columns_(columns) {}
+  KLDIV_DEVICE AnySide(const Matrix& matrix, int64_t row) : matrix_(matrix), row_(matrix.layout.offset(row)) {}
 
   template <Use>
-  KLDIV_DEVICE Group<acc_t> load(int64_t first, int64_t n, acc_t padding) const {
-    Group<acc_t> group;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? element(first + i) : padding;
-    return group;
+  KLDIV_DEVICE Group<acc_t> load(uint32_t first, int n, acc_t padding) const {
+    const int64_t stride = matrix_.layout.column_stride;
+    return load_any(matrix_.data, matrix_.dtype, row_ + first * stride, stride, n, padding);
   }
 
-  KLDIV_DEVICE static void store(const Output& output, int64_t first, int64_t n, const Group<acc_t>& group) {
-    dispatch_dtype(output.dtype, [&](auto type) {
-      using scalar_t = decltype(type);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (i < n) static_cast<scalar_t*>(output.data)[first + i] = narrow<scalar_t>(group.x[i]);
-      }
-    });
+  KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
+    store_any(output.data, output.dtype, first, n, group);
   }
 
  private:
-  KLDIV_DEVICE acc_t element(int64_t index) const {
-    const int64_t row = index / columns_;
-    return load_element<acc_t>(matrix_.data, matrix_.dtype,
-                               matrix_.layout.offset(row_ + row) + (index - row * columns_) * matrix_.layout.column_stride);
-  }
-
   const Matrix& matrix_;
-  const int64_t row_, columns_;
+  const int64_t row_;  // where it begins
 };
 
-// Calls body(first, n) for every group of `count` elements that falls to this one of `threads` threads.
-template <typename Body>
-KLDIV_DEVICE void for_each_group(int64_t count, int64_t thread, int64_t threads, const Body& body) {
-  for (int64_t first = thread * kGroup; first < count; first += threads * kGroup) {
-    body(first, count - first < kGroup ? count - first : kGroup);
+// Calls body(first, n) for every group of `count` elements that falls to this one of `threads` threads. index_t must
+// hold count + kGroup * threads.
+template <typename index_t, typename Body>
+KLDIV_DEVICE void for_each_group(index_t count, index_t thread, index_t threads, const Body& body) {
+  for (index_t first = thread * kGroup; first < count; first += threads * kGroup) {
+    body(first, count - first < kGroup ? static_cast<int>(count - first) : kGroup);
   }
 }
 

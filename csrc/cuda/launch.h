@@ -25,10 +25,15 @@ constexpr RowRule kRowRules[] = {
     {65536, 512},       // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
     {INT64_MAX, 1024},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
 };
+// Where all threads of a block must share the registers: a thread needs twice as many in double.
+template <typename acc_t>
+constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 1024 : 256;
+
+template <typename acc_t>
 constexpr int row_threads(int64_t columns) {
   int i = 0;
   while (columns > kRowRules[i].columns) ++i;
-  return kRowRules[i].threads;
+  return kRowRules[i].threads < max_row_threads<acc_t> ? kRowRules[i].threads : max_row_threads<acc_t>;
 }
 
 // Enough blocks to fill any device many times over; beyond it a block takes several rows.

@@ -13,8 +13,8 @@ class RowWalk {
  public:
   using acc_t = typename Side::acc_t;
 
-  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence)
-      : args_(args), divergence_(divergence), inverse_temperature_(static_cast<acc_t>(1 / args.temperature)) {}
+  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence, acc_t inverse_temperature)
+      : args_(args), divergence_(divergence), inverse_temperature_(inverse_temperature) {}
 
   KLDIV_DEVICE void operator()(int64_t row) const {
     acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
@@ -31,7 +31,7 @@ class RowWalk {
       }
       return;
     }
-    const Side teacher(args_.teacher, row, args_.columns), student(args_.student, row, args_.columns);
+    const Side teacher(args_.teacher, row), student(args_.student, row);
     const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.data;
     RowConstants<acc_t> constants = loss ? RowConstants<acc_t>(state(teacher, student), inverse_temperature_) : *saved;
@@ -58,14 +58,14 @@ class RowWalk {
   template <Use use, typename Body>
   KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
     constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
-    for_each_group(args_.columns, device::thread(), device::threads(), [&](int64_t first, int64_t n) {
+    for_each_group<uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
       body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
     });
   }
 
   KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student) const {
     RowState<acc_t> mine;
-    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, int64_t, int64_t) {
+    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
       mine.teacher = extended(mine.teacher, t, inverse_temperature_);
       mine.student = extended(mine.student, s, inverse_temperature_);
     });
@@ -75,7 +75,7 @@ class RowWalk {
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
     RowSums<acc_t> mine;
     walk<Use::kAgain>(teacher, student,
-                      [&](const auto& t, const auto& s, int64_t, int64_t) { mine = mine + columns.sums(t, s); });
+                      [&](const auto& t, const auto& s, uint32_t, int) { mine = mine + columns.sums(t, s); });
     return block_reduce(mine, Plus());
   }
 
@@ -83,7 +83,7 @@ class RowWalk {
                                                  int64_t row) const {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
-      walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, int64_t first, int64_t n) {
+      walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
         Group<acc_t> gradient;
         mine.term += columns.sum_with_gradient(t, s, gradient);
         Side::store(args_.grad_student, row * args_.columns + first, n, gradient);
@@ -94,7 +94,7 @@ class RowWalk {
 
   KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student,
                                     int64_t row) const {
-    walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, int64_t first, int64_t n) {
+    walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
       const int64_t offset = row * args_.columns + first;
       if (args_.grad_student.data) Side::store(args_.grad_student, offset, n, columns.student_gradient(t, s));
       if (args_.grad_teacher.data) Side::store(args_.grad_teacher, offset, n, columns.teacher_gradient(t, s));
@@ -103,7 +103,7 @@ class RowWalk {
 
   KLDIV_DEVICE void fill_zero(const Output& output, int64_t row) const {
     if (output.data == nullptr) return;
-    for_each_group(args_.columns, device::thread(), device::threads(), [&](int64_t first, int64_t n) {
+    for_each_group<uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
       Side::store(output, row * args_.columns + first, n, Group<acc_t>{});
     });
   }
@@ -114,8 +114,10 @@ class RowWalk {
 };
 
 template <typename Side, typename Divergence>
-KLDIV_KERNEL(kMaxThreads) distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence) {
-  const RowWalk<Side, Divergence> walk(args, divergence);
+KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
+distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
+            typename Side::acc_t inverse_temperature) {
+  const RowWalk<Side, Divergence> walk(args, divergence, inverse_temperature);
   for (int64_t row = device::block(); row < args.rows; row += device::blocks()) walk(row);
 }
 
@@ -124,8 +126,9 @@ template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream) {
   dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
-    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads(args.columns), stream, args,
-                   divergence);
+    // The quotient is made here: many GPUs are slow in double.
+    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads<typename Side::acc_t>(args.columns), stream, args,
+                   divergence, static_cast<typename Side::acc_t>(1 / args.temperature));
   });
 }
 
