@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ def reference(problem: Problem, student: Tensor, teacher: Tensor) -> tuple[float
     return loss, gradient
 
 
-def _options(problem: Problem) -> dict[str, object]:
+def _options(problem: Problem) -> dict[str, Any]:
     return {
         "divergence": problem.divergence,
         "temperature": TEMPERATURE,

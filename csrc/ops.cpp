@@ -1,7 +1,8 @@
-// Every operator's schema, and the table of divergences that Python reads; nothing else.
+// Every operator's schema, and what Python reads of the binary: the table of divergences. Nothing else.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/kernels.h"
 #include "divergences.h"
 
 STABLE_TORCH_LIBRARY(kldiv_ext, m) {
@@ -28,20 +29,25 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
       "bool grad_input, bool grad_target) -> (Tensor grad_input, Tensor grad_target)");
 }
 
-// kldiv_ext._C.divergences: {name: name of its parameter or ""}.
+// kldiv_ext._C.divergences: {name: name of its parameter or ""}; kldiv_ext._C.cpu_isa: what the CPU kernels use.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  PyObject* table = module ? PyDict_New() : nullptr;
-  if (table == nullptr) return nullptr;
-#define KLDIV_ROW(NAME, PARAMETER, ...)                    \
-  {                                                        \
-    PyObject* parameter = PyUnicode_FromString(PARAMETER); \
-    if (parameter == nullptr || PyDict_SetItemString(table, NAME, parameter) != 0) return nullptr; \
-    Py_DECREF(parameter);                                  \
+  PyObject* table = PyDict_New();
+  bool ok = module != nullptr && table != nullptr;
+#define KLDIV_ROW(NAME, PARAMETER, ...)                                      \
+  if (PyObject* parameter = ok ? PyUnicode_FromString(PARAMETER) : nullptr) { \
+    ok = PyDict_SetItemString(table, NAME, parameter) == 0;                  \
+    Py_DECREF(parameter);                                                    \
+  } else {                                                                   \
+    ok = false;                                                              \
   }
   KLDIV_DIVERGENCES(KLDIV_ROW)
 #undef KLDIV_ROW
-  if (PyModule_AddObject(module, "divergences", table) != 0) return nullptr;
-  return module;
+  ok = ok && PyModule_AddObjectRef(module, "divergences", table) == 0 &&
+       PyModule_AddStringConstant(module, "cpu_isa", kldiv::cpu::kernels().name) == 0;
+  Py_XDECREF(table);
+  if (ok) return module;
+  Py_XDECREF(module);
+  return nullptr;
 }

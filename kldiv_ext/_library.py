@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _build_info, _C
+from . import _C, _build_info
 
 DIVERGENCES: dict[str, str] = _C.divergences
 """Every divergence and the name of its parameter ("" for none)."""

@@ -206,9 +206,7 @@ def distillation_loss(
     if num_items is not None:
         _check_num_items(num_items, reduction, student_logits)
     batch = student_logits.shape[:-1]
-    row_scale = _row_scale(
-        student_logits, teacher_logits, labels, mask, weight, ignore_index, reduction, num_items
-    )
+    row_scale = _row_scale(student_logits, teacher_logits, labels, mask, weight, ignore_index, reduction, num_items)
     scale = float(temperature) ** 2 if scale_by_temperature_squared else 1.0
     # With a row_scale the denominator of the mean is in it.
     row_reduction = "sum" if reduction == "mean" and row_scale is not None else reduction
@@ -289,7 +287,9 @@ def _check_num_items(num_items: int | Tensor, reduction: str, student_logits: Te
         raise ValueError(f"num_items is the denominator of reduction='mean', got {num_items} with {reduction!r}")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0 or num_items.dtype == torch.bool or num_items.is_complex():
-            raise ValueError(f"num_items must be a 0-d tensor of numbers, got {num_items.dtype} {tuple(num_items.shape)}")
+            raise ValueError(
+                f"num_items must be a 0-d tensor of numbers, got {num_items.dtype} {tuple(num_items.shape)}"
+            )
         if num_items.requires_grad:
             raise ValueError("num_items must not require a gradient")
         _check_device("num_items", num_items, student_logits)
@@ -348,8 +348,10 @@ def _row_scale(
         return None
     if reduction == "mean":
         # In float64: exact for counts, and as good as independent of the number of threads for weights.
-        denominator = row_weight.sum(dtype=torch.float64) if num_items is None else torch.as_tensor(
-            num_items, dtype=torch.float64, device=student_logits.device
+        denominator = (
+            row_weight.sum(dtype=torch.float64)
+            if num_items is None
+            else torch.as_tensor(num_items, dtype=torch.float64, device=student_logits.device)
         )
         row_weight = torch.where(denominator == 0, 0, row_weight / denominator)
     return row_weight.to(dtype).reshape(-1).contiguous()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 
-
 def _plogr(p: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
     """p (log p - log r), and exactly 0 with zero gradients where p is 0."""
     dead = p == 0

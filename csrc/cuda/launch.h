@@ -12,6 +12,13 @@ void distillation(const DistillationArgs& args, void* stream);
 void pointwise(const PointwiseArgs& args, void* stream);
 void scale(const ScaleArgs& args, void* stream);
 
+// How long PointwiseArgs::partials has to be.
+int64_t pointwise_partials(int64_t rows, int64_t columns);
+
+// The row kernels for one kind of Side (groups.h); rows.h has the body, rows_*.cu an instance each.
+template <typename Side>
+void launch_rows(const DistillationArgs& args, void* stream);
+
 // How many blocks share a row, by its length alone: the order of every sum follows from it.
 struct RowRule {
   int64_t columns;  // for rows of up to so many columns
@@ -39,5 +46,15 @@ constexpr int row_threads(int64_t columns) {
 // Enough blocks to fill any device many times over; beyond it a block takes several rows.
 constexpr int64_t kMaxRowBlocks = 65536;
 constexpr int64_t row_blocks(int64_t rows) { return rows < kMaxRowBlocks ? rows : kMaxRowBlocks; }
+
+// Element by element: a group of eight per thread at first, then more, so that the partial sums stay few. The last
+// round of blocks is a small part of so many on any device.
+constexpr int kElementThreads = 256;
+constexpr int64_t kMaxElementBlocks = 8192;
+constexpr int64_t element_blocks(int64_t count) {
+  constexpr int64_t per_block = 8 * kElementThreads;
+  const int64_t blocks = count / per_block + (count % per_block != 0);
+  return blocks < kMaxElementBlocks ? blocks : kMaxElementBlocks;
+}
 
 }  // namespace kldiv::cuda

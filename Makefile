@@ -1,0 +1,40 @@
+# The commands of the project. `make demo` and `make test` set up all that they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint benchmark test-matrix clean
+
+# Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext.
+demo: $(STAMP)
+	$(BIN)/python -m benchmarks.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
+	$(BIN)/mypy
+
+# CPU and, where there is one, GPU: results as JSON, then the README's tables and the plots from them.
+benchmark: $(STAMP)
+	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
+	$(BIN)/python -m benchmarks.report
+
+# One wheel, built once, tested under the oldest and the newest torch.
+test-matrix: $(STAMP)
+	.ci/matrix $(BIN)/python
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "torch>=2.10" "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/python -m kldiv_ext.info
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info kldiv_ext/*.so kldiv_ext/_build_info.py $(VENV)

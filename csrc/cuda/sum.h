@@ -1,0 +1,24 @@
+// The last step of a reduction: many parts into one number, in double and in an order that depends on their count
+// alone.
+#pragma once
+
+#include "reduce.h"
+
+namespace kldiv::cuda {
+
+template <typename acc_t>
+KLDIV_KERNEL(kMaxThreads) sum_parts(const acc_t* parts, int64_t count, double scale, acc_t* sum) {
+  double mine = 0;
+  for (int64_t i = device::thread(); i < count; i += device::threads()) mine += static_cast<double>(parts[i]);
+  const double total = block_reduce(mine, Plus());
+  if (device::thread() == 0) *sum = static_cast<acc_t>(total * scale);
+}
+
+// Host side.
+template <typename acc_t>
+void launch_sum(const void* parts, int64_t count, double scale, void* sum, void* stream) {
+  device::launch(sum_parts<acc_t>, 1, kMaxThreads, stream, static_cast<const acc_t*>(parts), count, scale,
+                 static_cast<acc_t*>(sum));
+}
+
+}  // namespace kldiv::cuda
