@@ -132,7 +132,7 @@ struct Mixture {
     const T larger_share = 1 - smaller_share;
     kl_smaller = larger_share * x.expm1 * x.expm1 - x.ratio() * (x.finite_excess() - logarithm.shortfall);
     smaller_gap = x.ratio() * (x.finite_gap() + log);
-    const T reciprocal = 1 / (minus_one + 1);
+    const T reciprocal = Primitives<T>::reciprocal(minus_one + 1);
     one_minus_larger = minus_one * reciprocal;
     one_minus_smaller = -larger_share * x.expm1 * reciprocal;
   }

@@ -36,6 +36,7 @@ template <>
 struct Format<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kOne = 0x3f800000;       // bits of 1.0f
+  static constexpr int32_t kAllButSign = 0x7fffffff;
   static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
   static constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kSmallestExponent = -126;  // of a normal number
@@ -46,6 +47,7 @@ template <>
 struct Format<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kOne = 0x3ff0000000000000;
+  static constexpr int64_t kAllButSign = 0x7fffffffffffffff;
   static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kSmallestExponent = -1022;
@@ -91,6 +93,7 @@ template <typename T>
 struct Primitives {
   KLDIV_HD static T maximum(T a, T b) { return b > a ? b : a; }
   KLDIV_HD static T minimum(T a, T b) { return b < a ? b : a; }
+  KLDIV_HD static T reciprocal(T x) { return 1 / x; }
   KLDIV_HD static T round(T x) { return (x + FormatOf<T>::kRound) - FormatOf<T>::kRound; }
   // x * 2^k for an integer k with both 2^k and the result normal numbers
   KLDIV_HD static T scale(T x, T k) { return x * power_of_two(k + FormatOf<T>::kRound); }
@@ -111,6 +114,12 @@ inline constexpr double kLog2E = 1.44269504088896340736;
 
 template <typename T>
 inline constexpr bool kIsFloat = sizeof(Scalar<T>) == sizeof(float);
+
+template <typename T>
+KLDIV_HD T absolute(T x) {
+  constexpr auto kAllButSign = FormatOf<T>::kAllButSign;
+  return bit_cast<T>(static_cast<IntOf<T>>(bit_cast<IntOf<T>>(x) & kAllButSign));
+}
 
 // Polynomials. In float the best ones of their degree (Remez), in double the plain series.
 namespace polynomial {
@@ -172,13 +181,17 @@ KLDIV_HD T odd_reciprocals(T z) {
   }
 }
 
-// (2 atanh(s) - 2s) / (s z), z = s^2, for |s| <= 0.172; float: relative error 2.8e-7, of a small correction
+// f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)); float: relative error 5e-8
 template <typename T>
-KLDIV_HD T atanh_tail(T z) {
+KLDIV_HD T log_shortfall(T f) {
   if constexpr (kIsFloat<T>) {
-    return horner(z, 0.666666851f, 0.399887619f, 0.295806086f);
+    return f * f *
+           horner(f, 0.499999976f, -0.333333254f, 0.250007788f, -0.200016363f, 0.166270935f, -0.141961451f,
+                  0.131140359f, -0.127773386f, 0.0777804777f);
   } else {
-    return odd_reciprocals<1, 11>(z);
+    const T s = f / (f + 2);  // log(1 + f) = 2 atanh(s), and f - 2s = s f
+    const T z = s * s;
+    return s * (f - z * odd_reciprocals<1, 11>(z));
   }
 }
 
@@ -251,14 +264,6 @@ struct LogReduction {
   }
 };
 
-// f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)): log(1+f) = 2 atanh(s), s = f / (2 + f), and f - 2s = s f.
-template <typename T>
-KLDIV_HD T log_shortfall(T f) {
-  const T s = f / (f + 2);
-  const T z = s * s;
-  return s * (f - z * polynomial::atanh_tail(z));
-}
-
 // log(1 + y) for y in (-1, 0], and what it lacks to y: both to full relative accuracy near 0.
 template <typename T>
 struct Log1p {
@@ -270,7 +275,7 @@ struct Log1p {
     LogReduction<T> r(y + 1);
     // Where no power of two came out, y itself is the reduced argument, without the rounding of 1 + y.
     r.f = r.k == 0 ? y : r.f;
-    const T reduced = log_shortfall(r.f);
+    const T reduced = polynomial::log_shortfall(r.f);
     value = r.k * ln2 + (r.f - reduced);
     shortfall = (y - r.f - r.k * ln2) + reduced;
   }
@@ -283,7 +288,7 @@ KLDIV_HD T log(T x) {
   const auto tiny = x < splat<T>(F::kTiny);
   const LogReduction<T> r(tiny ? x * static_cast<Scalar<T>>(int64_t{1} << F::kMantissaBits) : x);
   const T k = tiny ? r.k - static_cast<Scalar<T>>(F::kMantissaBits) : r.k;
-  const T value = k * static_cast<Scalar<T>>(kLn2) + (r.f - log_shortfall(r.f));
+  const T value = k * static_cast<Scalar<T>>(kLn2) + (r.f - polynomial::log_shortfall(r.f));
   const T special = x == 0 ? -infinity<T>() : (x < 0 ? nan<T>() : x);  // +inf and NaN are their own logarithm
   return x > 0 && x < infinity<T>() ? value : special;
 }

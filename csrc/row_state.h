@@ -88,7 +88,7 @@ KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& 
   const T delta = difference * inverse_temperature - row.shift;
   Pair<T> x;
   x.teacher_is_larger = delta >= 0;
-  x.gap = x.teacher_is_larger ? delta : -delta;
+  x.gap = absolute(delta);
   const Decay<T> decay(x.gap);
   x.expm1 = decay.expm1;
   x.excess = decay.excess;

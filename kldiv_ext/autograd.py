@@ -7,7 +7,7 @@ composite takes over instead of a silent zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,14 @@ def plain_needed(*tensors: Tensor | None) -> bool:
     """Whether a mode is active that only plain operators can serve: forward-mode AD or a torch.func transform."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0 and any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or _any_tangent(tensors)
+
+
+def _any_tangent(tensors: Iterable[Any]) -> bool:
+    """Whether a tensor carries a tangent of forward-mode AD, which has one level, 0, at a time."""
+    if torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return False  # the usual case, without a look at each tensor
+    return any(isinstance(t, Tensor) and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
 
 
 def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor | None, options: Options) -> Tensor:
@@ -114,7 +117,9 @@ class KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
         ctx.options = (reduction, log_target)
-        ctx.save_for_backward(input, target)
+        # The input's gradient needs the target alone (and, for its dtype, an input that differs in it).
+        keep_input = ctx.needs_input_grad[1] or input.dtype != target.dtype
+        ctx.save_for_backward(input if keep_input else None, target)
         return ops.kl_div(input, target, reduction, log_target)
 
     @staticmethod
@@ -128,6 +133,12 @@ class KLDiv(torch.autograd.Function):
         return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None
 
 
+def plain_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+    """The terms or the sum that the operator `kl_div` computes, from plain operators; also of broadcast arguments."""
+    dtype = accumulation_dtype(input, target)
+    return reference.plain_kl_div(input.to(dtype), target.to(dtype), reduction, log_target)
+
+
 def plain_kl_div_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -138,19 +149,22 @@ def plain_kl_div_backward(
     grad_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """What the operator `kl_div_backward` returns, from plain operators, differentiable again."""
+    dtypes = (target.dtype if input is None else input.dtype), target.dtype
+    wide = accumulation_dtype(target if input is None else input, target)
+    target = target.to(wide)
     divisor = {"mean": target.numel(), "batchmean": target.shape[0]}.get(reduction, 1)
     p = target.exp() if log_target else target
     dead = p == 0
-    grad_terms = grad_output / divisor
+    grad_terms = grad_output.to(wide) / divisor
     of_input = of_target = target.new_empty([0])
     if grad_input:
         of_input = torch.where(dead, 0, -p * grad_terms)
     if grad_target:
         assert input is not None
         log_p = target.masked_fill(dead, 0) if log_target else target.masked_fill(dead, 1).log()
-        slope = log_p - torch.where(dead, 0, input) + 1
+        slope = log_p - torch.where(dead, 0, input.to(wide)) + 1
         of_target = torch.where(dead, 0, (p * slope if log_target else slope) * grad_terms)
-    return of_input.to(target.dtype if input is None else input.dtype), of_target.to(target.dtype)
+    return of_input.to(dtypes[0]), of_target.to(dtypes[1])
 
 
 # ---------------------------------------------------------------- autograd kernels of the operators
@@ -162,7 +176,7 @@ def _plain_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Ten
 
 
 def _plain_kl_div_op(outputs: Tensor, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
-    return reference.plain_kl_div(input, target, reduction, log_target).to(outputs.dtype)
+    return plain_kl_div(input, target, reduction, log_target).to(outputs.dtype)
 
 
 def _plain_kl_div_backward_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, Tensor]:
@@ -191,10 +205,8 @@ def _register(name: str, plain: Callable[..., Any]) -> None:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return plain(outputs, *args)
-        return outputs
+        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return plain(outputs, *args) if tracked or _any_tangent(args) else outputs
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _library, reference
+from . import _library
 from ._library import DIVERGENCES, accumulation_dtype
-from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss, plain_needed
+from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss, plain_kl_div, plain_needed
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -56,40 +56,55 @@ def kl_div(
 
         torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
     """
+    if not (_is_ours(input) and _is_ours(target) and isinstance(log_target, bool)):
+        return torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
+    each = _kl_div_reduction(size_average, reduce, reduction)
+    # PyTorch divides by the batch also where a deprecated argument has chosen another reduction.
+    divisor = input.shape[0] if reduction == "batchmean" and each != "batchmean" and input.dim() > 0 else 1
+    loss = _kl_div(input, target, each, log_target)
+    return loss / divisor if divisor != 1 else loss
+
+
+def _kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
+    dtype = _kl_div_dtype(input, target)
     if not _fusable(input, target):
-        return _plain_kl_div(input, target, size_average, reduce, reduction, log_target)
-    reduction = _kl_div_reduction(size_average, reduce, reduction)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:  # as PyTorch: float32 under autocast
-        dtype = torch.float32
-        if reduction == "none":
-            input, target = input.float(), target.float()
+        return plain_kl_div(input, target, reduction, log_target).to(dtype)
+    if reduction == "none" and dtype != torch.promote_types(input.dtype, target.dtype):
+        input = input.to(dtype)  # the terms are written in the promoted dtype
     return KLDiv.apply(input, target, reduction, log_target).to(dtype)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _fusable(input: Tensor, target: Tensor) -> bool:
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+def _kl_div_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """The dtype of what F.kl_div would return: promoted, though not by a 0-d tensor; under autocast float32 or more."""
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if (input.dim() == 0) != (target.dim() == 0):
+        dtype = input.dtype if input.dim() > 0 else target.dtype
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return dtype
+
+
+def _is_ours(tensor: Tensor) -> bool:
+    """Whether our rules apply: a dense floating tensor that is neither a subclass with a `__torch_function__` nor made
+    of other tensors as DTensor is. Everything else is PyTorch's to compute or to refuse.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING or tensor.layout != torch.strided:
         return False
+    kind = type(tensor)
+    overridden = kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    return not overridden and not hasattr(kind, "__tensor_flatten__")
+
+
+def _fusable(input: Tensor, target: Tensor) -> bool:
     return (
-        _is_plain_tensor(input)
-        and _is_plain_tensor(target)
-        and input.dtype in FLOATING
-        and target.dtype in FLOATING
-        and input.dim() > 0
+        0 < input.dim() <= 9  # what the kernels' RowLayout holds whatever the strides
         and input.shape == target.shape
         and input.numel() > 0
         and input.device == target.device
         and _has_kernels(input.device)
-        and input.layout == target.layout == torch.strided
         and not plain_needed(input, target)
     )
-
-
-def _is_plain_tensor(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    function = type(tensor).__torch_function__
-    return type(tensor) is Tensor or function is torch._C._disabled_torch_function_impl
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -97,30 +112,25 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _kl_div_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction that F.kl_div would use, with its warnings."""
+    """The reduction that F.kl_div would use, with its warnings, except under the compiler, which refuses them."""
+    warning = ""
     if size_average is not None or reduce is not None:
-        return torch.nn._reduction.legacy_get_string(size_average, reduce)
-    if reduction == "mean" and not torch.compiler.is_compiling():
-        warnings.warn(
+        wanted, averaged = (flag is None or bool(flag) for flag in (reduce, size_average))
+        reduction = ("mean" if averaged else "sum") if wanted else "none"
+        warning = f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead."
+    elif reduction == "mean":
+        warning = (
             "reduction: 'mean' divides the total loss by both the batch size and the support size. "
-            "'batchmean' divides only by the batch size, and aligns with the KL div math definition.",
-            stacklevel=3,
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
         )
-    if reduction == "elementwise_mean":
-        return "mean"
+    elif reduction == "elementwise_mean":
+        reduction = "mean"
+        warning = "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead."
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    if warning and not torch.compiler.is_compiling():
+        warnings.warn(warning, stacklevel=3)
     return reduction
-
-
-def _plain_kl_div(
-    input: Tensor, target: Tensor, size_average: bool | None, reduce: bool | None, reduction: str, log_target: bool
-) -> Tensor:
-    """F.kl_div itself, or where only the rule for zeros keeps it from being the answer, the same in plain operators."""
-    ours = all(isinstance(t, Tensor) and _is_plain_tensor(t) and t.dtype in FLOATING for t in (input, target))
-    if not ours or torch.is_autocast_enabled(input.device.type):
-        return torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
-    return reference.plain_kl_div(input, target, _kl_div_reduction(size_average, reduce, reduction), log_target)
 
 
 # ---------------------------------------------------------------- from logits
@@ -267,7 +277,7 @@ def check_options(
             raise TypeError(f"{name} must be a number, got {value!r}")
         if name != "temperature" and not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # math.isfinite is not traced by the compiler
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not isinstance(scale_by_temperature_squared, bool):
         raise TypeError(f"scale_by_temperature_squared must be a bool, got {scale_by_temperature_squared!r}")

@@ -35,6 +35,9 @@ const acc_t* stage(const Matrix& matrix, int64_t row_offset, int64_t begin, int6
     int64_t i = 0;
     if (stride == 1) {
       for (; i + kLanes<acc_t> <= n; i += kLanes<acc_t>) store(buffer + i, load_as<acc_t>(source + i));
+    } else if (stride == 0) {
+      const Vec<acc_t> same = splat<Vec<acc_t>>(widen<acc_t>(*source));
+      for (; i + kLanes<acc_t> <= n; i += kLanes<acc_t>) store(buffer + i, same);
     }
     for (; i < n; ++i) buffer[i] = widen<acc_t>(source[i * stride]);
     for (; i < padded<acc_t>(n); ++i) buffer[i] = padding;
@@ -102,10 +105,18 @@ void parallel_for(const Threads& threads, int64_t n, int64_t grain, const Body& 
 
 // ---------------------------------------------------------------- divergences from logits
 
-// Phase 1 over one chunk. The chunk behind it, at `next`, is fetched meanwhile: the search for the maximum would
-// otherwise wait for memory, and the exponentials leave it idle.
+// What will be read soon, fetched line by line while something else is computed: otherwise memory and arithmetic
+// would take turns.
+struct Prefetch {
+  const char* at;
+  int64_t step;  // bytes per element
+
+  KLDIV_HD void operator()(int64_t i) const { __builtin_prefetch(at + i * step); }
+};
+
+// Phase 1 over one chunk.
 template <typename acc_t>
-LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, const char* next, int element_size) {
+LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, Prefetch next) {
   using V = Vec<acc_t>;
   V largest[4];  // as many as hide the latency of a comparison
   for (V& part : largest) part = -infinity<V>();
@@ -120,41 +131,59 @@ LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, c
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   V sum{};
   for (i = 0; i < n; i += kLanes<acc_t>) {
-    __builtin_prefetch(next + i * element_size);
+    next(i);
     sum += exp2_floored((load(x + i) - offset) * per_bit);
   }
   state.sum = sum_lanes(sum);
   return state;
 }
 
-// Phases 2 and 3 over one chunk, together or one by one; kTeacher: also the teacher's side.
-template <bool kSums, bool kGradients, bool kTeacher, typename acc_t, typename Divergence>
+// Phases 2 and 3 over one chunk. kSums: the sums are taken. kStore: gradients are written; together with kSums,
+// before the sums are known, those that need them as bare g_q and g_p, for finish(). kTeacher: also its side.
+template <bool kSums, bool kStore, bool kTeacher, typename acc_t, typename Divergence>
 RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
                         const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
-                        acc_t* grad_teacher) {
+                        acc_t* grad_teacher, Prefetch next_teacher, Prefetch next_student) {
   using V = Vec<acc_t>;
   RowSums<V> sums;
   for (int i = 0; i < n; i += kLanes<acc_t>) {
+    next_teacher(i);
+    next_student(i);
     const Pair<V> x = make_pair(load(teacher + i), load(student + i), row, inverse_temperature);
+    const V grad_q = divergence.grad_q(x), grad_p = divergence.grad_p(x);
     if constexpr (kSums) {
       sums.term += divergence.term(x);
-      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += divergence.grad_q(x);
-      if constexpr (kTeacher && !Divergence::kGradPSumsToZero) sums.grad_p += divergence.grad_p(x);
+      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += grad_q;
+      if constexpr (kTeacher && !Divergence::kGradPSumsToZero) sums.grad_p += grad_p;
     }
-    if constexpr (kGradients) {
+    if constexpr (kStore) {
       if (!kTeacher || grad_student != nullptr) {
-        V gradient = divergence.grad_q(x);
-        if constexpr (!Divergence::kGradQSumsToZero) gradient = gradient - x.student() * row.sum_grad_q;
-        store(grad_student + i, gradient * factor);
+        if constexpr (Divergence::kGradQSumsToZero) {
+          store(grad_student + i, grad_q * factor);
+        } else {
+          store(grad_student + i, kSums ? grad_q : (grad_q - x.student() * row.sum_grad_q) * factor);
+        }
       }
-      if constexpr (kTeacher) {
-        V gradient = divergence.grad_p(x);
-        if constexpr (!Divergence::kGradPSumsToZero) gradient = gradient - x.teacher() * row.sum_grad_p;
-        store(grad_teacher + i, gradient * factor);
+      if constexpr (kTeacher && Divergence::kGradPSumsToZero) {
+        store(grad_teacher + i, grad_p * factor);
+      } else if constexpr (kTeacher) {
+        store(grad_teacher + i, kSums ? grad_p : (grad_p - x.teacher() * row.sum_grad_p) * factor);
       }
     }
   }
   return {sum_lanes(sums.term), sum_lanes(sums.grad_q), sum_lanes(sums.grad_p)};
+}
+
+// Phase 3 for one side, from the bare derivatives that evaluate() left in the gradient: cheaper than all again.
+template <typename acc_t>
+void finish(const acc_t* bare, const acc_t* logits, int n, acc_t max, acc_t log2_sum, acc_t inverse_temperature,
+            acc_t sum, acc_t factor, acc_t* gradient, Prefetch next) {
+  const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
+  for (int i = 0; i < n; i += kLanes<acc_t>) {
+    next(i);
+    const Vec<acc_t> probability = exp2((load(logits + i) - max) * per_bit - log2_sum);
+    store(gradient + i, (load(bare + i) - probability * sum) * factor);
+  }
 }
 
 // One row, its chunks visited by `for_each_chunk(body)`: in order, or on several threads.
@@ -184,8 +213,12 @@ class RowWalk {
       }
       return;
     }
-    const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
-    const bool teacher = args_.grad_teacher.data != nullptr;
+    const bool student = args_.grad_student.data != nullptr, teacher = args_.grad_teacher.data != nullptr;
+    const bool gradients = student || teacher;
+    // Bare derivatives can wait in a gradient only where it has room for all their digits.
+    const bool roomy = (!student || args_.grad_student.dtype == args_.acc_dtype()) &&
+                       (!teacher || args_.grad_teacher.dtype == args_.acc_dtype());
+    const bool together = loss && gradients && ((Divergence::kGradQSumsToZero && !teacher) || roomy);
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk); });
       *constants = RowConstants<acc_t>(
@@ -195,76 +228,101 @@ class RowWalk {
     if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
     // 0 * shift makes the whole row NaN where one of its logits is.
     const acc_t factor = scale * inverse_temperature_ + 0 * constants->shift;
-    const bool together = Divergence::kGradQSumsToZero && gradients && !teacher;
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        sums_[chunk] = together ? pass<true, Divergence::kGradQSumsToZero, false>(row, chunk, *constants, factor)
-                                : pass<true, false, true>(row, chunk, *constants, factor);
+        sums_[chunk] = !together  ? pass<true, false, true>(row, chunk, *constants, factor)
+                       : teacher ? pass<true, true, true>(row, chunk, *constants, factor)
+                                 : pass<true, true, false>(row, chunk, *constants, factor);
       });
       const RowSums<acc_t> sums = fold(sums_.get(), chunks_, [](const auto& a, const auto& b) { return a + b; });
       constants->set_sums(sums);
       *loss = scale * sums.term;
     }
-    if (gradients && !(loss && together)) {
-      for_each_chunk(chunks_, [&](int64_t chunk) {
+    if (!gradients) return;
+    for_each_chunk(chunks_, [&](int64_t chunk) {
+      if (!together) {
         teacher ? pass<false, true, true>(row, chunk, *constants, factor)
                 : pass<false, true, false>(row, chunk, *constants, factor);
-      });
-    }
+        return;
+      }
+      if (student && !Divergence::kGradQSumsToZero) {
+        finish_side(row, chunk, args_.student, args_.grad_student, constants->student_max,
+                    constants->student_log2_sum, constants->sum_grad_q, factor);
+      }
+      if (teacher && !Divergence::kGradPSumsToZero) {
+        finish_side(row, chunk, args_.teacher, args_.grad_teacher, constants->teacher_max,
+                    constants->teacher_log2_sum, constants->sum_grad_p, factor);
+      }
+    });
   }
 
  private:
-  struct Chunk {
-    alignas(64) acc_t teacher_buffer[kChunk];
-    alignas(64) acc_t student_buffer[kChunk];
-    const acc_t* teacher;
-    const acc_t* student;
-    int64_t begin, size;
-    int padded_size;
+  // One side of a chunk of a row, as acc_t.
+  class Chunk {
+   public:
+    Chunk(const Matrix& matrix, int64_t row, int64_t index, int64_t columns)
+        : begin(index * kChunk),
+          size(columns - begin < kChunk ? columns - begin : kChunk),
+          padded_size(padded<acc_t>(size)),
+          // Padding is a column with p = q = 0.
+          data(stage(matrix, matrix.layout.offset(row), begin, size, -infinity<acc_t>(), buffer_)) {}
+    Chunk(const Chunk&) = delete;
+
+    const int64_t begin, size;
+    const int padded_size;
+    const acc_t* const data;
+
+   private:
+    alignas(64) acc_t buffer_[kChunk];
   };
 
-  void open(Chunk& chunk, int64_t row, int64_t index) const {
-    chunk.begin = index * kChunk;
-    chunk.size = args_.columns - chunk.begin < kChunk ? args_.columns - chunk.begin : kChunk;
-    chunk.padded_size = padded<acc_t>(chunk.size);
-    const acc_t padding = -infinity<acc_t>();  // a column with p = q = 0
-    chunk.teacher = stage(args_.teacher, args_.teacher.layout.offset(row), chunk.begin, chunk.size, padding,
-                          chunk.teacher_buffer);
-    chunk.student = stage(args_.student, args_.student.layout.offset(row), chunk.begin, chunk.size, padding,
-                          chunk.student_buffer);
+  // Column `column` of a row and what follows; nothing new if there is no such row.
+  Prefetch prefetch(const Matrix& matrix, int64_t row, int64_t column) const {
+    const int64_t size = matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+    const int64_t offset = matrix.layout.offset(row < args_.rows ? row : row - 1);
+    const int64_t stride = matrix.layout.column_stride;
+    return {static_cast<const char*>(matrix.data) + (offset + column * stride) * size, stride * size};
   }
 
   RowState<acc_t> state(int64_t row, int64_t index) const {
-    Chunk chunk;
-    open(chunk, row, index);
-    const auto side = [&](const Matrix& matrix, const acc_t* x) {
-      const int size = matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
-      const int64_t next = matrix.layout.offset(row) + (chunk.begin + kChunk) * matrix.layout.column_stride;
-      return log_sum_exp(x, chunk.padded_size, inverse_temperature_,
-                         static_cast<const char*>(matrix.data) + next * size, size);
-    };
-    return {side(args_.teacher, chunk.teacher), side(args_.student, chunk.student)};
+    const Chunk teacher(args_.teacher, row, index, args_.columns), student(args_.student, row, index, args_.columns);
+    const int64_t next = teacher.begin + kChunk;
+    return {log_sum_exp(teacher.data, teacher.padded_size, inverse_temperature_, prefetch(args_.teacher, row, next)),
+            log_sum_exp(student.data, student.padded_size, inverse_temperature_, prefetch(args_.student, row, next))};
   }
 
-  template <bool kSums, bool kGradients, bool kTeacher>
+  template <bool kSums, bool kStore, bool kTeacher>
   RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, acc_t factor) const {
-    Chunk chunk;
-    open(chunk, row, index);
-    const int64_t offset = row * args_.columns + chunk.begin;
+    const Chunk teacher(args_.teacher, row, index, args_.columns), student(args_.student, row, index, args_.columns);
+    const int64_t offset = row * args_.columns + teacher.begin;
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    if (kGradients && args_.grad_student.data) {
-      grad_student = student_sink.open(args_.grad_student, args_.acc_dtype(), offset, chunk.size);
+    if (kStore && args_.grad_student.data) {
+      grad_student = student_sink.open(args_.grad_student, args_.acc_dtype(), offset, teacher.size);
     }
-    if (kGradients && kTeacher) {
-      grad_teacher = teacher_sink.open(args_.grad_teacher, args_.acc_dtype(), offset, chunk.size);
+    if (kStore && kTeacher) {
+      grad_teacher = teacher_sink.open(args_.grad_teacher, args_.acc_dtype(), offset, teacher.size);
     }
-    const RowSums<acc_t> sums = evaluate<kSums, kGradients, kTeacher>(
-        divergence_, constants, chunk.teacher, chunk.student, chunk.padded_size, inverse_temperature_, factor,
-        grad_student, grad_teacher);
+    const RowSums<acc_t> sums = evaluate<kSums, kStore, kTeacher>(
+        divergence_, constants, teacher.data, student.data, teacher.padded_size, inverse_temperature_, factor,
+        grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
+        prefetch(args_.student, row + 1, teacher.begin));
     student_sink.commit();
     teacher_sink.commit();
     return sums;
+  }
+
+  void finish_side(int64_t row, int64_t index, const Matrix& logits, const Output& gradient, acc_t max, acc_t log2_sum,
+                   acc_t sum, acc_t factor) const {
+    const Chunk chunk(logits, row, index, args_.columns);
+    const int64_t offset = row * args_.columns + chunk.begin;
+    alignas(64) acc_t bare_buffer[kChunk];
+    const acc_t* bare = stage({gradient.data, gradient.dtype, {}}, offset, 0, chunk.size, acc_t(0), bare_buffer);
+    Sink<acc_t> sink;
+    acc_t* out = sink.open(gradient, args_.acc_dtype(), offset, chunk.size);
+    finish(bare, chunk.data, chunk.padded_size, max, log2_sum, inverse_temperature_, sum, factor, out,
+           prefetch(logits, row + 1, chunk.begin));
+    sink.commit();
   }
 
   const DistillationArgs& args_;

@@ -13,11 +13,11 @@ KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Grou
                                        acc_t inverse_temperature) {
   LogSumExp<acc_t> both;
   both.max = state.max;
-#pragma unroll
+  KLDIV_UNROLL
   for (int i = 0; i < kGroup; ++i) both.max = maximum(both.max, group.x[i]);
   const acc_t offset = both.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
-#pragma unroll
+  KLDIV_UNROLL
   for (int i = 0; i < kGroup; ++i) both.sum += exp2((group.x[i] - offset) * per_bit);
   both.sum += state.sum * exp2((state.max - offset) * per_bit);
   return both;
@@ -34,7 +34,7 @@ struct Columns {
   // Phase 2; the gradients' sums where nobody knows them to be 0.
   KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     RowSums<acc_t> sums;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sums.term += divergence.term(x);
@@ -49,7 +49,7 @@ struct Columns {
                                        Group<acc_t>& gradient) const {
     static_assert(Divergence::kGradQSumsToZero);
     acc_t sum = 0;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sum += divergence.term(x);
@@ -61,7 +61,7 @@ struct Columns {
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     Group<acc_t> gradient;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       acc_t g = divergence.grad_q(x);
@@ -73,7 +73,7 @@ struct Columns {
 
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     Group<acc_t> gradient;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       acc_t g = divergence.grad_p(x);

@@ -11,6 +11,9 @@
 #define KLDIV_DEVICE __device__ __forceinline__
 #define KLDIV_DEVICE_CALL __device__ __noinline__
 
+#define KLDIV_UNROLL _Pragma("unroll")
+#define KLDIV_NO_UNROLL _Pragma("unroll 1")
+
 // A kernel, for blocks of at most max_threads; its big arguments are read where they lie, not copied per thread.
 #define KLDIV_KERNEL(max_threads) __global__ __launch_bounds__(max_threads) void
 #define KLDIV_ARGUMENT const __grid_constant__
@@ -43,7 +46,7 @@ KLDIV_DEVICE T shuffled(const T& x, const Shuffle& shuffle) {
   static_assert(sizeof(T) == kWords * sizeof(uint32_t));
   uint32_t words[kWords];
   __builtin_memcpy(words, &x, sizeof(T));
-#pragma unroll
+  KLDIV_UNROLL
   for (int i = 0; i < kWords; ++i) words[i] = shuffle(words[i]);
   T result;
   __builtin_memcpy(&result, words, sizeof(T));

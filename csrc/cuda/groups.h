@@ -36,16 +36,16 @@ KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int n, AccO
   constexpr int kStep = sizeof(device::Bytes16) / sizeof(scalar_t);
   Group<acc_t> group;
   if (in_16_byte_steps(data, n)) {
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; i += kStep) {
       const auto bytes = use == Use::kOnce ? device::load16_once(data + i) : device::load16(data + i);
       scalar_t values[kStep];
       __builtin_memcpy(values, &bytes, sizeof(bytes));
-#pragma unroll
+      KLDIV_UNROLL
       for (int j = 0; j < kStep; ++j) group.x[i + j] = widen<acc_t>(values[j]);
     }
   } else {
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(data[i]) : padding;
   }
   return group;
@@ -56,17 +56,17 @@ template <typename scalar_t>
 KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>>& group) {
   constexpr int kStep = sizeof(device::Bytes16) / sizeof(scalar_t);
   if (in_16_byte_steps(data, n)) {
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; i += kStep) {
       scalar_t values[kStep];
-#pragma unroll
+      KLDIV_UNROLL
       for (int j = 0; j < kStep; ++j) values[j] = narrow<scalar_t>(group.x[i + j]);
       device::Bytes16 bytes;
       __builtin_memcpy(&bytes, values, sizeof(bytes));
       device::store16_once(data + i, bytes);
     }
   } else {
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       if (i < n) data[i] = narrow<scalar_t>(group.x[i]);
     }
@@ -102,7 +102,7 @@ KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t o
   Group<acc_t> group;
   dispatch_dtype(dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(data) + offset;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
   });
   return group;
@@ -112,7 +112,7 @@ template <typename acc_t>
 KLDIV_DEVICE_CALL void store_any(void* data, Dtype dtype, int64_t offset, int n, Group<acc_t> group) {
   dispatch_dtype(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(data) + offset;
-#pragma unroll
+    KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) {
       if (i < n) to[i] = narrow<decltype(type)>(group.x[i]);
     }

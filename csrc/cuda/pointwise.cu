@@ -69,7 +69,7 @@ KLDIV_KERNEL(kElementThreads) pointwise_elements(KLDIV_ARGUMENT PointwiseArgs ar
     };
     const auto store = [&](const Output& output, const auto& value) {
       Group<acc_t> group;
-#pragma unroll
+      KLDIV_UNROLL
       for (int i = 0; i < kGroup; ++i) group.x[i] = value(i);
       Elements::store(output, first, n, group);
     };
@@ -77,7 +77,7 @@ KLDIV_KERNEL(kElementThreads) pointwise_elements(KLDIV_ARGUMENT PointwiseArgs ar
     const Group<acc_t> input = args.input.data ? load(args.input, 0) : Group<acc_t>{};
     if (args.loss) {
       acc_t of_group = 0;
-#pragma unroll
+      KLDIV_UNROLL
       for (int i = 0; i < kGroup; ++i) of_group += KL::term(input.x[i], target.x[i]);
       sum += of_group;
     }

@@ -10,7 +10,7 @@ constexpr int kMaxThreads = 1024;
 // Lane 0 gets the merged values of its warp.
 template <typename Value, typename Merge>
 KLDIV_DEVICE Value warp_reduce(Value value, const Merge& merge) {
-#pragma unroll
+  KLDIV_NO_UNROLL  // once per row: not worth five copies
   for (int lanes = device::kWarp / 2; lanes > 0; lanes /= 2) {
     value = merge(value, device::shuffle_down(value, lanes));
   }

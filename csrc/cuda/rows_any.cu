@@ -1,5 +1,0 @@
-// The row kernels for logits of two dtypes, or whose columns do not lie side by side.
-#include "rows.h"
-
-template void kldiv::cuda::launch_rows<kldiv::cuda::AnySide<float>>(const DistillationArgs&, void*);
-template void kldiv::cuda::launch_rows<kldiv::cuda::AnySide<double>>(const DistillationArgs&, void*);

@@ -1,0 +1,87 @@
+// The kernels' entry points for ctypes. Each returns null or what went wrong.
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+#include "cuda/launch.h"
+#include "fibers.h"
+
+namespace {
+
+using kldiv::Matrix;
+using kldiv::Output;
+
+template <typename Function>
+const char* message_of(const Function& function) {
+  static std::string message;
+  try {
+    function();
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+void emulated_set_order(int order, uint32_t seed) {
+  kldiv::emulation::set_order(static_cast<kldiv::emulation::Order>(order), seed);
+}
+
+const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const Output* grad_student,
+                                  const Output* grad_teacher, int64_t rows, int64_t columns, const char* divergence,
+                                  double parameter, double temperature, double scale, const void* row_scale,
+                                  const void* grad_output, int64_t grad_output_stride, void* row_constants,
+                                  void* row_loss, void* loss) {
+  kldiv::DistillationArgs args;
+  args.student = *student;
+  args.teacher = *teacher;
+  args.grad_student = *grad_student;
+  args.grad_teacher = *grad_teacher;
+  args.rows = rows;
+  args.columns = columns;
+  args.divergence = divergence;
+  args.parameter = parameter;
+  args.temperature = temperature;
+  args.scale = scale;
+  args.row_scale = row_scale;
+  args.grad_output = grad_output;
+  args.grad_output_stride = grad_output_stride;
+  args.row_constants = row_constants;
+  args.row_loss = row_loss;
+  args.loss = loss;
+  return message_of([&] { kldiv::cuda::distillation(args, nullptr); });
+}
+
+const char* emulated_pointwise(const Matrix* input, const Matrix* target, bool log_target, int64_t rows,
+                               int64_t columns, double scale, const Output* output, void* loss, void* partials,
+                               const Matrix* grad_output, const Output* grad_input, const Output* grad_target) {
+  kldiv::PointwiseArgs args;
+  args.input = *input;
+  args.target = *target;
+  args.log_target = log_target;
+  args.rows = rows;
+  args.columns = columns;
+  args.scale = scale;
+  args.output = *output;
+  args.loss = loss;
+  args.partials = partials;
+  args.grad_output = *grad_output;
+  args.grad_input = *grad_input;
+  args.grad_target = *grad_target;
+  return message_of([&] { kldiv::cuda::pointwise(args, nullptr); });
+}
+
+int64_t emulated_pointwise_partials(int64_t rows, int64_t columns) {
+  return kldiv::cuda::pointwise_partials(rows, columns);
+}
+
+const char* emulated_scale(const Output* gradient, int64_t count, const void* factor, int32_t factor_dtype) {
+  return message_of(
+      [&] { kldiv::cuda::scale({*gradient, count, factor, static_cast<kldiv::Dtype>(factor_dtype)}, nullptr); });
+}
+
+}  // extern "C"

@@ -1,0 +1,402 @@
+"""The CUDA kernels' own sources, compiled for the CPU with every thread a fiber: all but the speed, without a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import harness
+from torch import Tensor
+
+from kldiv_ext import reference
+
+pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
+
+# name, parameter; the last two are what an endpoint dispatches to
+DIVERGENCES = [
+    ("forward_kl", 0.0),
+    ("reverse_kl", 0.0),
+    ("jeffreys", 0.0),
+    ("jsd", 0.3),
+    ("skew_forward_kl", 0.1),
+    ("skew_reverse_kl", 0.2),
+    ("total_variation", 0.0),
+    ("alpha", 0.4),
+    ("skew_forward_kl", 1.0),
+    ("jsd", 1.0),
+]
+DTYPES = harness.DTYPES
+# Around a group of eight, a warp's worth of groups and the borders of the launch rules.
+COLUMNS = (1, 2, 7, 8, 9, 31, 33, 257, 1000, 4097)
+ORDERS = [("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)]
+
+# Relative L2 error of a row's gradient: rounding to the dtype, plus float32 arithmetic.
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module")
+def build_folder(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("emulation")
+
+
+@pytest.fixture(scope="module")
+def library(build_folder: Path) -> harness.Kernels:
+    sources = [*harness.KERNELS, harness.HERE / "fibers.cpp", harness.HERE / "bindings.cpp"]
+    return harness.Kernels(harness.build(build_folder, sources, "kernels.so", ["-O1", "-fPIC", "-shared"]))
+
+
+@pytest.fixture
+def kernels(library: harness.Kernels) -> Iterator[harness.Kernels]:
+    yield library
+    library.set_order("ascending")
+
+
+def logits(rows: int, columns: int, dtype: torch.dtype, gap: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A student and a teacher whose logits differ by about `gap`."""
+    student = 3 * torch.randn(rows, columns, dtype=torch.float64)
+    teacher = student + gap * torch.randn(rows, columns, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def placed(tensor: Tensor, offset: int) -> Tensor:
+    """A contiguous copy `offset` elements after a 16-byte boundary, with NaN around it."""
+    margin = harness.Guarded.MARGIN
+    buffer = torch.full([tensor.numel() + 2 * margin], torch.nan, dtype=tensor.dtype)
+    first = margin + offset
+    return buffer[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def oracle(
+    student: Tensor, teacher: Tensor, divergence: str, parameter: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of every row and both gradients, float64."""
+    s, t = student.double().requires_grad_(), teacher.double().requires_grad_()
+    losses = reference.row_losses(s, t, divergence, parameter, temperature)
+    grad_student, grad_teacher = torch.autograd.grad(losses.sum(), [s, t])
+    return losses.detach(), grad_student, grad_teacher
+
+
+def assert_gradient(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    """Each row within the tolerance of its dtype; `scale` is a size below which a row's gradient is rounding."""
+    error = (actual.double() - expected).norm(dim=-1)
+    smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps  # a subnormal step
+    floor = scale * torch.finfo(harness.accumulation_dtype(actual)).eps + smallest * actual.shape[-1] ** 0.5
+    assert (error <= GRADIENT_TOLERANCE[actual.dtype] * expected.norm(dim=-1) + floor).all(), error.max()
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit by bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+# ---------------------------------------------------------------- divergences from logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
+def test_loss_and_gradients(kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
+    for i, columns in enumerate(COLUMNS):
+        kernels.set_order(*ORDERS[i % len(ORDERS)])
+        student, teacher = logits(2, columns, dtype)
+        options = {"divergence": divergence, "parameter": parameter, "temperature": 1.5, "scale": 0.7}
+        losses, grad_student, grad_teacher = oracle(student, teacher, divergence, parameter, 1.5)
+
+        forward = kernels.distillation(student, teacher, **options)
+        loss_dtype = harness.accumulation_dtype(student)
+        torch.testing.assert_close(
+            forward["row_loss"].double(), 0.7 * losses, rtol=LOSS_TOLERANCE[loss_dtype], atol=1e-9
+        )
+        together = kernels.distillation(student, teacher, grad_student=True, reduce=True, offset=1, **options)
+        assert torch.equal(together["row_loss"], forward["row_loss"])
+        torch.testing.assert_close(together["loss"], forward["row_loss"].double().sum().to(loss_dtype))
+        both = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, **options)
+        assert_gradient(both["grad_student"], 0.7 * grad_student)
+        assert_gradient(both["grad_teacher"], 0.7 * grad_teacher)
+        assert torch.equal(together["grad_student"], both["grad_student"])
+
+        one = torch.ones([], dtype=loss_dtype)
+        backward = kernels.distillation_backward(one, student, teacher, forward["row_constants"], **options)
+        assert torch.equal(backward["grad_student"], both["grad_student"])
+        assert torch.equal(backward["grad_teacher"], both["grad_teacher"])
+        alone = kernels.distillation_backward(
+            torch.tensor([-2.0, 0.5], dtype=loss_dtype),
+            student,
+            teacher,
+            forward["row_constants"],
+            grad_student=False,
+            **options,
+        )
+        assert_gradient(alone["grad_teacher"], 0.7 * torch.tensor([[-2.0], [0.5]]) * grad_teacher)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [7, 33, 257, 1000, 4097])
+def test_neither_order_nor_place_changes_a_bit(kernels: harness.Kernels, columns: int, dtype: torch.dtype) -> None:
+    rows = 3
+    student, teacher = logits(rows, columns, dtype)
+
+    def run(student: Tensor, teacher: Tensor, offset: int = 0) -> dict[str, Tensor]:
+        return kernels.distillation(
+            student, teacher, "jsd", 0.3, grad_student=True, grad_teacher=True, reduce=True, offset=offset
+        )
+
+    expected = run(student, teacher)
+    for order in ORDERS[1:]:
+        kernels.set_order(*order)
+        assert_same(run(student, teacher), expected)
+    for offset in (1, 2, 3):
+        assert_same(run(placed(student, offset), placed(teacher, 3 - offset), offset), expected)
+    in_columns = [t.t().contiguous().t() for t in (student, teacher)]
+    in_padded_rows = [torch.full([rows, columns + 5], torch.nan, dtype=dtype)[:, :columns].copy_(t) for t in (student, teacher)]
+    reversed_rows = [t.flip(0).contiguous().as_strided([rows, columns], [columns, 1]) for t in (student, teacher)]
+    assert_same(run(in_columns[0], teacher), expected)
+    assert_same(run(*in_columns), expected)
+    assert_same(run(*in_padded_rows), expected)
+    flipped = run(*reversed_rows)
+    assert torch.equal(flipped["row_loss"].flip(0), expected["row_loss"])  # whatever the other rows are
+    assert torch.equal(flipped["grad_student"].flip(0), expected["grad_student"])
+
+
+@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str)
+def test_two_dtypes(kernels: harness.Kernels, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    student, teacher = logits(4, 300, torch.float32)
+    student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
+    out = kernels.distillation(student, teacher, "reverse_kl", grad_student=True, grad_teacher=True)
+    losses, grad_student, grad_teacher = oracle(student, teacher, "reverse_kl", 0.0)
+    torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-5, atol=1e-9)
+    assert_gradient(out["grad_student"], grad_student)
+    assert_gradient(out["grad_teacher"], grad_teacher)
+    wide = harness.accumulation_dtype(student, teacher)
+    widened = kernels.distillation(student.to(wide), teacher.to(wide), "reverse_kl", grad_student=True)
+    assert torch.equal(out["row_loss"], widened["row_loss"])
+    assert torch.equal(out["grad_student"], widened["grad_student"].to(student_dtype))
+
+
+def test_leading_dimensions(kernels: harness.Kernels) -> None:
+    base = torch.randn(3, 4, 2, 40, dtype=torch.float32)
+    student, teacher = base.permute(2, 0, 1, 3), torch.randn(2, 3, 4, 40)
+    out = kernels.distillation(student, teacher, grad_student=True)
+    flat = kernels.distillation(student.reshape(-1, 40), teacher.reshape(-1, 40), grad_student=True)
+    assert torch.equal(out["row_loss"], flat["row_loss"])
+    assert torch.equal(out["grad_student"].view(-1, 40), flat["grad_student"])
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
+def test_student_close_to_teacher(kernels: harness.Kernels, divergence: str, parameter: float, gap: float) -> None:
+    student, teacher = logits(4, 3000, torch.float32, gap)
+    losses, grad_student, _ = oracle(student, teacher, divergence, parameter)
+    out = kernels.distillation(student, teacher, divergence, parameter, grad_student=True)
+    torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-3, atol=1e-9)
+    assert (out["row_loss"] >= 0).all()
+    assert_gradient(out["grad_student"], grad_student, scale=gap)
+    equal = kernels.distillation(student, student, divergence, parameter, grad_student=True)
+    assert (equal["row_loss"] == 0).all()
+
+
+def test_a_long_row(kernels: harness.Kernels) -> None:
+    """Beyond the last border of the launch rules, in both accumulation types."""
+    for dtype in (torch.bfloat16, torch.float64):
+        student, teacher = logits(1, 65_541, dtype)
+        out = kernels.distillation(student, teacher, "jeffreys", grad_student=True)
+        losses, grad_student, _ = oracle(student, teacher, "jeffreys", 0.0)
+        torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-5, atol=0)
+        assert_gradient(out["grad_student"], grad_student)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_count_are_not_read(kernels: harness.Kernels, dtype: torch.dtype) -> None:
+    student, teacher = logits(6, 77, dtype)
+    row_scale = torch.tensor([1, 0, 2, 0, 0, 0.5], dtype=harness.accumulation_dtype(student))
+    dead = row_scale == 0
+    student[dead], teacher[dead] = torch.nan, torch.inf
+    plain = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True)
+    out = kernels.distillation(student, teacher, row_scale=row_scale, grad_student=True, grad_teacher=True, reduce=True)
+    backward = kernels.distillation_backward(
+        row_scale.new_tensor(2.0), student, teacher, out["row_constants"], row_scale=row_scale
+    )
+    for result in (out, backward):
+        assert (result["grad_student"][dead] == 0).all() and (result["grad_teacher"][dead] == 0).all()
+    assert (out["row_loss"][dead] == 0).all()
+    assert torch.equal(out["row_loss"][~dead], (plain["row_loss"] * row_scale)[~dead])
+    assert torch.isfinite(out["loss"])
+    _, grad_student, _ = oracle(student[~dead], teacher[~dead], "forward_kl", 0.0)
+    assert_gradient(out["grad_student"][~dead], grad_student * row_scale[~dead, None])
+    assert_gradient(backward["grad_student"][~dead], 2 * grad_student * row_scale[~dead, None])
+
+
+def test_infinities_and_nan(kernels: harness.Kernels) -> None:
+    inf = torch.inf
+    student, teacher = logits(8, 40, torch.float32)
+    student[1, 3] = torch.nan
+    teacher[2, 5] = inf
+    student[3] = -inf
+    student[4, 7] = teacher[4, 7] = -inf  # p = q = 0
+    student[5, 0] = -inf  # q = 0 < p
+    teacher[6, 39] = -inf  # p = 0 < q
+    clean = [0, 4, 7]
+    for divergence, parameter in DIVERGENCES:
+        out = kernels.distillation(student, teacher, divergence, parameter, grad_student=True, grad_teacher=True)
+        losses, grad_student, grad_teacher = oracle(student[clean], teacher[clean], divergence, parameter)
+        torch.testing.assert_close(out["row_loss"][clean].double(), losses, rtol=1e-5, atol=1e-9)
+        assert_gradient(out["grad_student"][clean], grad_student.nan_to_num(0))
+        assert_gradient(out["grad_teacher"][clean], grad_teacher.nan_to_num(0))
+        assert (out["grad_student"][4, 7], out["grad_teacher"][4, 7]) == (0, 0)
+        assert out["row_loss"][1:4].isnan().all()
+        assert out["grad_student"][1:4].isnan().all() and out["grad_teacher"][1:4].isnan().all()
+    q_zero, p_zero = (out := kernels.distillation(student, teacher, grad_student=True))["row_loss"][5:7]
+    assert q_zero == inf and p_zero < inf
+    q_minus_p = student[5].double().softmax(-1) - teacher[5].double().softmax(-1)
+    assert_gradient(out["grad_student"][5:6], q_minus_p[None])
+    q_zero, p_zero = (out := kernels.distillation(student, teacher, "reverse_kl", grad_student=True))["row_loss"][5:7]
+    assert q_zero < inf and p_zero == inf and out["grad_student"][6].isnan().all()
+
+
+def test_more_rows_than_blocks(kernels: harness.Kernels) -> None:
+    """Almost none of them count, or it would take minutes."""
+    rows = 65_536 + 10
+    student, teacher = logits(rows, 2, torch.float32)
+    row_scale = torch.zeros(rows)
+    counting = torch.tensor([0, 9, 65_535, 65_536, rows - 1])
+    row_scale[counting] = 1
+    out = kernels.distillation(student, teacher, row_scale=row_scale, grad_student=True, reduce=True)
+    alone = kernels.distillation(student[counting], teacher[counting], grad_student=True)
+    assert torch.equal(out["row_loss"][counting], alone["row_loss"])
+    assert torch.equal(out["grad_student"][counting], alone["grad_student"])
+    assert torch.count_nonzero(out["grad_student"]) == torch.count_nonzero(alone["grad_student"])
+    torch.testing.assert_close(out["loss"], alone["row_loss"].double().sum().float(), rtol=1e-7, atol=0)
+
+
+def test_rows_more_than_2_to_the_31_elements_apart(kernels: harness.Kernels) -> None:
+    stride = 2**31 + 3
+    far = torch.empty(2 * stride, dtype=torch.float16).as_strided([2, 9], [stride, 1])  # never touched but for two rows
+    student, teacher = logits(2, 9, torch.float16)
+    expected = kernels.distillation(student, teacher, grad_student=True)
+    assert_same(kernels.distillation(far.copy_(student), teacher, grad_student=True), expected)
+
+
+# ---------------------------------------------------------------- the drop-in
+
+
+def log_probabilities(shape: list[int], dtype: torch.dtype, log_target: bool) -> tuple[Tensor, Tensor]:
+    input = torch.randn(shape, dtype=torch.float64).log_softmax(-1)
+    target = torch.randn(shape, dtype=torch.float64).log_softmax(-1)
+    target.view(-1)[::5] = -torch.inf
+    return input.to(dtype), (target if log_target else target.exp()).to(dtype)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [[1, 1], [1, 7], [3, 8], [5, 333], [2, 4099]], ids=str)
+def test_kl_div(kernels: harness.Kernels, shape: list[int], dtype: torch.dtype, log_target: bool) -> None:
+    input, target = log_probabilities(shape, dtype, log_target)
+    dead = (target == -torch.inf) if log_target else (target == 0)
+    input[dead] = -torch.inf  # a probability of 0 silences it
+    leaves = [input.double().requires_grad_(), target.double().requires_grad_()]
+    terms = reference.kl_div(leaves[0], leaves[1], reduction="none", log_target=log_target)
+    tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-12), "atol": float(torch.finfo(dtype).smallest_normal)}
+
+    out = kernels.kl_div(input, target, log_target, scale=0.25, reduce=False)
+    torch.testing.assert_close(out.double(), 0.25 * terms, **tolerance)
+    loss = kernels.kl_div(input, target, log_target, scale=0.25)
+    torch.testing.assert_close(loss.double(), 0.25 * terms.sum(), rtol=1e-5, atol=1e-6)
+
+    weights = torch.randn(shape, dtype=dtype)
+    for grad_output in (torch.tensor(0.5, dtype=loss.dtype), weights, weights[:1, :1].expand(shape)):
+        expected = torch.autograd.grad((terms * grad_output).sum(), leaves, retain_graph=True)
+        of_input, of_target = kernels.kl_div_backward(grad_output, input, target, log_target)
+        torch.testing.assert_close(of_input.double(), expected[0], **tolerance)
+        assert of_target is not None
+        torch.testing.assert_close(of_target.double(), expected[1].masked_fill(dead, 0), **tolerance | {"atol": 1e-5})
+        without_input, _ = kernels.kl_div_backward(grad_output, None, target, log_target, grad_target=False)
+        assert torch.equal(without_input, of_input)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_div_does_not_depend_on_order_or_place(kernels: harness.Kernels, dtype: torch.dtype) -> None:
+    shape = [3, 2999]
+    input, target = log_probabilities(shape, dtype, False)
+    grad_output = torch.randn(shape, dtype=dtype)
+
+    def run(input: Tensor, target: Tensor, grad_output: Tensor, offset: int = 0) -> dict[str, Tensor]:
+        loss = kernels.kl_div(input, target, False, offset=offset)
+        terms = kernels.kl_div(input, target, False, reduce=False, offset=offset)
+        of_input, of_target = kernels.kl_div_backward(grad_output, input, target, False, offset=offset)
+        assert of_target is not None
+        return {"loss": loss, "terms": terms, "of_input": of_input, "of_target": of_target}
+
+    expected = run(input, target, grad_output)
+    for order in ORDERS[1:]:
+        kernels.set_order(*order)
+        assert_same(run(input, target, grad_output), expected)
+    for offset in (1, 3):
+        assert_same(run(*(placed(t, offset) for t in (input, target, grad_output)), offset), expected)
+    assert_same(run(*(t.t().contiguous().t() for t in (input, target, grad_output))), expected)
+    narrow = [t.reshape(-1, 1).expand(-1, 2)[:, 0].view(shape) for t in (input, target, grad_output)]
+    assert_same(run(*narrow), expected)
+    if dtype != torch.float64:
+        mixed = kernels.kl_div(input, target.float(), False)
+        assert torch.equal(mixed, expected["loss"])
+
+
+def test_kl_div_of_nothing(kernels: harness.Kernels) -> None:
+    assert kernels.kl_div(torch.empty(0, 4), torch.empty(0, 4), False) == 0
+    assert kernels.distillation(torch.empty(0, 4), torch.empty(0, 4), reduce=True)["loss"] == 0
+
+
+# ---------------------------------------------------------------- grad_output that came late
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 3, 8, 17, 5000])
+def test_scale(kernels: harness.Kernels, count: int, dtype: torch.dtype) -> None:
+    for offset in (0, 1, 5):
+        for factor in (torch.tensor(0.3), torch.tensor(-7.0, dtype=torch.float64)):
+            guarded = harness.Guarded(offset)
+            gradient = guarded.new([count], dtype).copy_(torch.randn(count))
+            expected = (gradient.to(harness.accumulation_dtype(gradient)) * factor).to(dtype)
+            kernels.scale_(gradient, factor)
+            guarded.check()
+            assert torch.equal(gradient, expected)
+
+
+def test_scale_by_one_writes_nothing(kernels: harness.Kernels) -> None:
+    bits = torch.full([100], 0x7F81, dtype=torch.int16)  # a signalling NaN: written back, it would be quiet
+    kernels.scale_(bits.view(torch.bfloat16), torch.tensor(1.0))
+    assert (bits == 0x7F81).all()
+
+
+# ---------------------------------------------------------------- the emulator itself
+
+
+def run(program: Path) -> None:
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_under_sanitizers(build_folder: Path) -> None:
+    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [*harness.KERNELS, harness.HERE / "fibers.cpp", harness.HERE / "sanitized.cpp"]
+    run(harness.build(build_folder, sources, "sanitized", flags))
+
+
+def test_faults_are_noticed(build_folder: Path) -> None:
+    run(harness.build(build_folder, [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"], "selftest", ["-O0"]))
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_every_barrier_of_a_reduction_is_needed(build_folder: Path, tmp_path: Path, barrier: int) -> None:
+    shutil.copytree(harness.CSRC, tmp_path / "csrc")
+    header = tmp_path / "csrc" / "cuda" / "reduce.h"
+    parts = header.read_text().split("device::barrier();")
+    assert len(parts) == 3
+    header.write_text("device::barrier();".join(parts).replace("device::barrier();", "", barrier + 1) if barrier == 0 else "".join([parts[0], "device::barrier();", parts[1], parts[2]]))
+    sources = [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"]
+    run(harness.build(tmp_path, sources, "selftest", ["-O0", "-DFAULTY_REDUCTION"], [tmp_path / "csrc"]))
