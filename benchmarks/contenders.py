@@ -2,8 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,11 +159,11 @@ def _kldiv_ext(problem: Problem) -> Loss:
     return lambda s, t: kldiv_ext.distillation_loss(s, t, **options)
 
 
-def _eager(problem: Problem) -> Loss:
+def _eager(problem: Problem) -> Loss | None:
     """Plain PyTorch in the dtype of the logits."""
     if problem.op == "kl_div":
         return lambda input, target: F.kl_div(input, target, reduction="batchmean", log_target=problem.log_target)
-    return PLAIN[problem.divergence]
+    return PLAIN.get(problem.divergence)
 
 
 def _eager_float(problem: Problem) -> Loss | None:
@@ -171,7 +171,7 @@ def _eager_float(problem: Problem) -> Loss | None:
     if problem.op == "kl_div" or problem.dtype == torch.float32:
         return None
     loss = _eager(problem)
-    return lambda s, t: loss(s.float(), t.float())
+    return loss and (lambda s, t: loss(s.float(), t.float()))
 
 
 def _compiled(build: Callable[[Problem], Loss | None]) -> Callable[[Problem], Loss | None]:

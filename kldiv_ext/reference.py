@@ -55,8 +55,9 @@ def skew_forward_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
     """KL(p ‖ κp + (1-κ)q), κ = skew. Ko et al. (2024), DistiLLM."""
     if skew == 0:
         return forward_kl(lp, lq)
-    lm = lp if skew == 1 else _log_mixture(lp, lq, skew)
-    return _plogr(lp.exp(), lp, lm).sum(-1)
+    if skew == 1:  # the mixture is p itself; of q only a NaN is left
+        return forward_kl(lp, lp) + 0 * lq.exp().sum(-1)
+    return _plogr(lp.exp(), lp, _log_mixture(lp, lq, skew)).sum(-1)
 
 
 def skew_reverse_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
@@ -138,7 +139,7 @@ def distillation_loss(
         denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=total.device)
         return torch.where(denominator == 0, 0 * total, total / denominator.masked_fill(denominator == 0, 1))
     if reduction == "batchmean" and student_logits.dim() > 1:
-        return total / student_logits.shape[0]
+        return total / max(student_logits.shape[0], 1)
     return total
 
 

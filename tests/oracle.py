@@ -26,7 +26,7 @@ LOSS = {
 # Relative L2 error of every row of a gradient, by the dtype it is stored in.
 GRADIENT = {
     torch.float64: 1e-12,  # seen 1e-13
-    torch.float32: 5e-6,  # seen 2e-6 for unrelated pairs
+    torch.float32: 1e-5,  # as the loss; seen 6e-6 in a thousand rows
     torch.bfloat16: 4.0e-3,  # the promise; half a unit in the last of 8 bits, 3.9e-3, where one entry is all of a row
     torch.float16: 5.0e-4,  # half a unit in the last of 11 bits is 4.9e-4
 }
@@ -110,8 +110,8 @@ def make_pair(
     dtype: torch.dtype = torch.float32,
     teacher_dtype: torch.dtype | None = None,
     device: str = "cpu",
-    spread: float = 2.0,
-    distance: float = 2.0,
+    spread: float = 1.0,
+    distance: float = 1.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(student, teacher): the teacher's logits are spread * N(0, 1), the student's `distance` * N(0, 1) off them."""
@@ -150,29 +150,25 @@ def run(
     return Result(loss.detach(), student.grad, teacher.grad)
 
 
-def row_errors(value: Tensor, expected: Tensor) -> Tensor:
-    """Relative L2 error of every row; where the expected row is 0, infinite unless the value is exactly 0 too."""
-    value, expected = value.double(), expected.double()
-    error, size = (value - expected).norm(dim=-1), expected.norm(dim=-1)
-    return torch.where(error == 0, 0.0, error / size)
-
-
 def assert_losses_close(value: Tensor, expected: Tensor, floor: float = TINY_LOSS) -> None:
     """Within LOSS, relatively; below `floor` absolutely; infinities and NaN in the same places."""
     torch.testing.assert_close(value.double(), expected.double(), rtol=LOSS[value.dtype], atol=floor, equal_nan=True)
 
 
-def assert_gradients_close(value: Tensor | None, expected: Tensor | None, tolerance: float | None = None) -> None:
-    """Row by row within GRADIENT; exactly 0 where zero is expected, NaN in the same places."""
-    if expected is None:
-        assert value is None
-        return
-    assert value is not None and value.shape == expected.shape
-    bad = expected.isnan().any(-1)
-    assert torch.equal(value.isnan().any(-1), bad), "NaN in other rows than expected"
-    errors = row_errors(value, expected)[~bad]
-    if errors.numel():
-        assert errors.max() <= (tolerance or GRADIENT[value.dtype]), f"relative error {errors.max():.2e}"
+def row_errors(value: Tensor, expected: Tensor, floor: float = 0.0) -> Tensor:
+    """Relative L2 error of every row beyond an absolute `floor`; without one, a row of zeros must be exactly that."""
+    value, expected = value.double(), expected.double()
+    error, size = (value - expected).norm(dim=-1), expected.norm(dim=-1)
+    return torch.where(error <= floor, 0.0, error / size)
+
+
+def assert_gradients_close(value: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> None:
+    """Row by row within GRADIENT; NaN in the same rows."""
+    assert value is not None and expected is not None and value.shape == expected.shape
+    broken = expected.isnan().any(-1)
+    assert torch.equal(value.isnan().any(-1), broken), "NaN in other rows than expected"
+    errors = row_errors(value, expected, floor)[~broken]
+    assert (errors <= GRADIENT[value.dtype]).all(), f"relative error {errors.max():.2e}"
 
 
 def loss_scale(dtype: torch.dtype) -> float:
@@ -186,6 +182,7 @@ def check(
     *args: Any,
     grad_output: Tensor | float = 1.0,
     wanted: tuple[bool, bool] = (True, True),
+    floor: float = 0.0,
     **options: Any,
 ) -> Result:
     """Compare distillation_loss and both its gradients with the float64 oracle on the same, rounded inputs."""
@@ -204,10 +201,11 @@ def check(
     assert ours.loss.dtype == (torch.float64 if torch.float64 in both else torch.float32)
     assert ours.loss.shape == theirs.loss.shape and ours.loss.device == student.device
     assert_losses_close(ours.loss, theirs.loss)
-    for gradient, like in ((ours.grad_student, student), (ours.grad_teacher, teacher)):
-        assert gradient is None or (gradient.dtype == like.dtype and gradient.device == like.device)
-    assert_gradients_close(ours.grad_student, theirs.grad_student)
-    assert_gradients_close(ours.grad_teacher, theirs.grad_teacher)
+    for wants, value, expected, like in zip(wanted, ours[1:], theirs[1:], (student, teacher), strict=True):
+        assert (value is not None) == wants
+        if value is not None:
+            assert value.dtype == like.dtype and value.device == like.device
+            assert_gradients_close(value, expected, floor)
     return ours
 
 

@@ -29,7 +29,12 @@ INF = float("inf")
 OP_INFO = next(info for info in op_db if info.name == "nn.functional.kl_div")
 MODULE_INFO = next(info for info in module_db if info.module_cls is torch.nn.KLDivLoss)
 
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides", "ignore:size_average and reduce args")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides",
+    "ignore:size_average and reduce args",
+    "ignore:There is a performance drop",  # PyTorch's own loss, under vmap
+    "ignore:.torch.jit.script. is deprecated",  # inside torch.testing
+)
 
 
 def log_probabilities(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@
 #include <memory>
 #include <string_view>
 
-#pragma GCC target("avx2,fma,bmi2")
+#pragma GCC target("avx2,fma")
 #include "walk.h"
 
 namespace kldiv::cpu {

@@ -8,7 +8,7 @@
 #include <memory>
 #include <string_view>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "walk.h"
 
 namespace kldiv::cpu {

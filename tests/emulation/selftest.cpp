@@ -54,7 +54,7 @@ KLDIV_KERNEL(kThreads) no_barrier(double* out) {
 // Whether every order of the threads gives `expected` everywhere and no error.
 bool right(void (*kernel)(double*), double expected) {
   using emulation::Order;
-  for (const auto [order, seed] : {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u},
+  for (const auto& [order, seed] : {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u},
                                    {Order::kRandom, 2u}}) {
     emulation::set_order(order, seed);
     std::vector<double> out(kThreads, std::nan(""));
