@@ -85,7 +85,7 @@ if CUDA_HOME:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 DEFINES = [("TORCH_TARGET_VERSION", MINIMUM_TORCH)]
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xptxas=-v"]
 
 

@@ -257,15 +257,15 @@ struct Zero {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.larger * T{};
+    return x.expm1 * T{};
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {
-    return x.larger * T{};
+    return x.expm1 * T{};
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
-    return x.larger * T{};
+    return x.expm1 * T{};
   }
 };
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._library import accumulation_dtype, library, ops
@@ -62,7 +61,8 @@ def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor 
 class DistillationLoss(torch.autograd.Function):
     """distillation_loss with its gradients: made in forward where that is free, else in backward from the row
     constants: with reduction "none", and in float16, where a gradient stored before it meets the GradScaler's
-    factor would underflow.
+    factor would underflow. The logits are saved in any case, for a backward that is to be differentiated; autograd
+    lets go of them as soon as this backward, the first of all, has run.
     """
 
     @staticmethod
@@ -80,25 +80,46 @@ class DistillationLoss(torch.autograd.Function):
         )
         early = [bool(w and ctx.early) for w in wanted]
         loss, row_constants, *gradients = ops.distillation_loss(student, teacher, row_scale, *options, *early)
-        if ctx.early:
-            ctx.save_for_backward(*gradients)
-        else:
-            ctx.save_for_backward(student, teacher, row_constants, row_scale)
+        ctx.save_for_backward(student, teacher, row_scale, *(gradients if ctx.early else [row_constants]))
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
-        if ctx.early:
-            gradients = [_scaled(g, grad_output) if w else None for g, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        student, teacher, row_scale, *computed = ctx.saved_tensors
+        if _differentiated(grad_output):
+            computed = _plain_gradients(grad_output, student, teacher, row_scale, ctx.options, wanted)
+        elif ctx.early:
+            computed = [_scaled(g, grad_output) if w else g for g, w in zip(computed, wanted, strict=True)]
         else:
-            student, teacher, row_constants, row_scale = ctx.saved_tensors
             computed = ops.distillation_loss_backward(
-                grad_output.contiguous(), student, teacher, row_constants, row_scale, *ctx.options, *wanted
+                grad_output.contiguous(), student, teacher, *computed, row_scale, *ctx.options, *wanted
             )
-            gradients = [g if w else None for g, w in zip(computed, wanted, strict=True)]
-        return *gradients, None, None
+        return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a backward is itself differentiated or transformed. The compiler never does that to a Function."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or plain_needed(*tensors))
+
+
+def _plain_gradients(
+    grad_output: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor | None,
+    options: Options,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients, from plain operators and differentiable again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that one tensor given twice gets two gradients.
+        student, teacher = student.view_as(student), teacher.view_as(teacher)
+        loss = plain_distillation_loss(student, teacher, row_scale, options)
+        sources = [z for z, w in zip((student, teacher), wanted, strict=True) if w]
+        gradients = iter(torch.autograd.grad(loss, sources, grad_output, create_graph=again))
+    return [next(gradients) if w else None for w in wanted]
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
@@ -126,7 +147,7 @@ class KLDiv(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or plain_needed(grad_output, input, target):
+        if _differentiated(grad_output, input, target):
             gradients = plain_kl_div_backward(grad_output, input, target, *ctx.options, *wanted)
         else:
             gradients = ops.kl_div_backward(grad_output, input, target, *ctx.options, *wanted)

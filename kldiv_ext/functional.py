@@ -14,6 +14,8 @@ from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss,
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+MAX_DIMS = 9
+"""What the kernels' RowLayout holds whatever the strides."""
 
 
 # ---------------------------------------------------------------- the drop-in
@@ -98,7 +100,7 @@ def _is_ours(tensor: Tensor) -> bool:
 
 def _fusable(input: Tensor, target: Tensor) -> bool:
     return (
-        0 < input.dim() <= 9  # what the kernels' RowLayout holds whatever the strides
+        0 < input.dim() <= MAX_DIMS
         and input.shape == target.shape
         and input.numel() > 0
         and input.device == target.device
@@ -216,6 +218,8 @@ def distillation_loss(
     if num_items is not None:
         _check_num_items(num_items, reduction, student_logits)
     batch = student_logits.shape[:-1]
+    if student_logits.dim() > MAX_DIMS:
+        student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
     row_scale = _row_scale(student_logits, teacher_logits, labels, mask, weight, ignore_index, reduction, num_items)
     scale = float(temperature) ** 2 if scale_by_temperature_squared else 1.0
     # With a row_scale the denominator of the mean is in it.
@@ -349,17 +353,18 @@ def _row_scale(
         _check_per_position("weight", weight, student_logits, FLOATING)
         if weight.requires_grad:
             raise ValueError("weight must not require a gradient; use reduction='none' and multiply")
-        row_weight = weight if counts is None else torch.where(counts, weight, 0)
+        row_weight = weight.double() if counts is None else torch.where(counts, weight.double(), 0)
     elif counts is not None:
         row_weight = counts
     elif num_items is not None:
-        row_weight = torch.ones(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
+        row_weight = torch.ones(student_logits.shape[:-1], device=student_logits.device)
     else:
         return None
     if reduction == "mean":
         # In float64: exact for counts, and as good as independent of the number of threads for weights.
+        row_weight = row_weight.double()
         denominator = (
-            row_weight.sum(dtype=torch.float64)
+            row_weight.sum()
             if num_items is None
             else torch.as_tensor(num_items, dtype=torch.float64, device=student_logits.device)
         )

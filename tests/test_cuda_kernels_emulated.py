@@ -77,15 +77,15 @@ def oracle(
     """Loss of every row and both gradients, float64."""
     s, t = student.double().requires_grad_(), teacher.double().requires_grad_()
     losses = reference.row_losses(s, t, divergence, parameter, temperature)
-    grad_student, grad_teacher = torch.autograd.grad(losses.sum(), [s, t])
+    grad_student, grad_teacher = torch.autograd.grad(losses.sum(), [s, t], materialize_grads=True)
     return losses.detach(), grad_student, grad_teacher
 
 
-def assert_gradient(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    """Each row within the tolerance of its dtype; `scale` is a size below which a row's gradient is rounding."""
+def assert_gradient(actual: Tensor, expected: Tensor) -> None:
+    """Each row within the tolerance of its dtype; the log-sum-exps' own rounding and a subnormal step are allowed."""
     error = (actual.double() - expected).norm(dim=-1)
-    smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps  # a subnormal step
-    floor = scale * torch.finfo(harness.accumulation_dtype(actual)).eps + smallest * actual.shape[-1] ** 0.5
+    step = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    floor = torch.finfo(harness.accumulation_dtype(actual)).eps + step * actual.shape[-1] ** 0.5
     assert (error <= GRADIENT_TOLERANCE[actual.dtype] * expected.norm(dim=-1) + floor).all(), error.max()
 
 
@@ -93,7 +93,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Bit by bit."""
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+        assert torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8)), name
 
 
 # ---------------------------------------------------------------- divergences from logits
@@ -192,7 +192,7 @@ def test_student_close_to_teacher(kernels: harness.Kernels, divergence: str, par
     out = kernels.distillation(student, teacher, divergence, parameter, grad_student=True)
     torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-3, atol=1e-9)
     assert (out["row_loss"] >= 0).all()
-    assert_gradient(out["grad_student"], grad_student, scale=gap)
+    assert_gradient(out["grad_student"], grad_student)
     equal = kernels.distillation(student, student, divergence, parameter, grad_student=True)
     assert (equal["row_loss"] == 0).all()
 
@@ -297,7 +297,7 @@ def test_kl_div(kernels: harness.Kernels, shape: list[int], dtype: torch.dtype, 
     input[dead] = -torch.inf  # a probability of 0 silences it
     leaves = [input.double().requires_grad_(), target.double().requires_grad_()]
     terms = reference.kl_div(leaves[0], leaves[1], reduction="none", log_target=log_target)
-    tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-12), "atol": float(torch.finfo(dtype).smallest_normal)}
+    tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-12), "atol": 2 * torch.finfo(harness.accumulation_dtype(input)).eps}
 
     out = kernels.kl_div(input, target, log_target, scale=0.25, reduce=False)
     torch.testing.assert_close(out.double(), 0.25 * terms, **tolerance)
@@ -312,7 +312,7 @@ def test_kl_div(kernels: harness.Kernels, shape: list[int], dtype: torch.dtype, 
         assert of_target is not None
         torch.testing.assert_close(of_target.double(), expected[1].masked_fill(dead, 0), **tolerance | {"atol": 1e-5})
         without_input, _ = kernels.kl_div_backward(grad_output, None, target, log_target, grad_target=False)
-        assert torch.equal(without_input, of_input)
+        assert torch.equal(without_input, of_input), (without_input - of_input, grad_output.stride(), of_input.data_ptr()%16, without_input.data_ptr()%16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
