@@ -56,10 +56,14 @@ struct ForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
+    return x.larger * relative(x);
+  }
+  template <typename T>
+  KLDIV_HD static T relative(const Pair<T>& x) {  // to the larger probability
     // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), whose first form keeps its
     // digits at small gaps and whose second does at large ones.
     const T below = x.gap < 1 ? -x.gap * x.expm1 - x.excess : -x.expm1 - x.finite_gap() * x.ratio();
-    return x.larger * x.by_larger(x.excess, below);
+    return x.by_larger(x.excess, below);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // q - p
@@ -113,87 +117,86 @@ struct Jeffreys {
   }
 };
 
-// The mixture m of a column that holds `smaller_share` of the smaller probability and the rest of the larger;
-// everything relative to the larger one.
-template <typename T>
-struct Mixture {
-  T minus_one;     // m / larger - 1 = smaller_share * expm1, in (-1, 0]
-  T log;           // log(m / larger)
-  T kl_larger;     // of larger || m: larger log(larger / m) - larger + m
-  T kl_smaller;    // of smaller || m
-  T smaller_gap;   // smaller * log(m / smaller)
-  T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
-
-  KLDIV_HD Mixture(const Pair<T>& x, T smaller_share) {
-    minus_one = smaller_share * x.expm1;
-    const Log1p<T> logarithm(minus_one);
-    log = logarithm.value;
-    kl_larger = logarithm.shortfall;
-    const T larger_share = 1 - smaller_share;
-    kl_smaller = larger_share * x.expm1 * x.expm1 - x.ratio() * (x.finite_excess() - logarithm.shortfall);
-    smaller_gap = x.ratio() * (x.finite_gap() + log);
-    const T reciprocal = Primitives<T>::reciprocal(minus_one + 1);
-    one_minus_larger = minus_one * reciprocal;
-    one_minus_smaller = -larger_share * x.expm1 * reciprocal;
-  }
-};
-
-// Generalised Jensen-Shannon divergence (GKD): m = beta p + (1 - beta) q,
-// beta KL(p || m) + (1 - beta) KL(q || m).
+// Generalised Jensen-Shannon divergence (GKD): m = beta p + (1 - beta) q, beta KL(p || m) + (1 - beta) KL(q || m).
+// With y = m / q - 1 = beta (p / q - 1) that is beta KL(p || q) - KL(m || q), the second term being
+// q ((1 + y) log(1 + y) - y): for a beta up to 1/2 less than half of the first, so nothing cancels.
 struct JensenShannon {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
   double beta;
 
   template <typename T>
-  KLDIV_HD T smaller_share(const Pair<T>& x) const {
-    return x.by_larger(static_cast<Scalar<T>>(1 - beta), static_cast<Scalar<T>>(beta));
-  }
-  template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const T share = smaller_share(x);
-    const Mixture<T> m(x, share);
-    return x.larger * ((1 - share) * m.kl_larger + share * m.kl_smaller);
+    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).term : View<T>(x, beta).term;
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
-    const T share = smaller_share(x);
-    const Mixture<T> m(x, share);
-    return x.larger * x.by_larger(-share * m.smaller_gap, (share - 1) * m.log);
+    if (beta <= 0.5) return View<T>(x, beta).grad_q;
+    const View<T> exchanged(x.exchanged(), 1 - beta);
+    return exchanged.term - exchanged.grad_q;
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {  // beta p log(p / m)
-    const T share = smaller_share(x);
-    const Mixture<T> m(x, share);
-    return x.larger * x.by_larger((share - 1) * m.log, -share * m.smaller_gap);
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // a term is homogeneous in p and q
+    return term(x) - grad_q(x);
   }
+
+ private:
+  // With beta up to 1/2.
+  template <typename T>
+  struct View {
+    T term, grad_q;
+
+    KLDIV_HD View(const Pair<T>& x, double beta) {
+      const T b = splat<T>(static_cast<Scalar<T>>(beta)), rest = splat<T>(static_cast<Scalar<T>>(1 - beta));
+      const T ratio = x.ratio(), drop = b * x.expm1;  // beta (smaller - larger) / larger
+      const T y = x.by_larger(-drop * Primitives<T>::reciprocal(maximum(ratio, splat<T>(FormatOf<T>::kTiny))), drop);
+      // Where q vanishes beside p, everything is seen from p instead: m / p - 1.
+      const auto far = y > 1;
+      const T y_or_m = far ? rest * x.expm1 : y;
+      const Log1p<T> logarithm(y_or_m);
+      const T q = x.by_larger(ratio, splat<T>(1));
+      const T gap = ratio * x.finite_gap();
+      const T near_term = b * ForwardKL::relative(x) - q * (y * logarithm.value - logarithm.shortfall);
+      const T far_term = -(y_or_m + 1) * logarithm.value - rest * gap;
+      term = x.larger * (far ? far_term : near_term);
+      grad_q = x.larger * -rest * (far ? gap + ratio * logarithm.value : q * logarithm.value);
+    }
+  };
 };
 
-// Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m).
+// Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m). With y = m / p - 1 = (1 - skew) (q / p - 1) its term is
+// p (y - log(1 + y)), and g_q = (1 - skew) q (1 - p / m). A term is homogeneous in p and q, so g_p = term - g_q.
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
   double skew;
 
   template <typename T>
-  KLDIV_HD Mixture<T> mixture(const Pair<T>& x) const {
-    return Mixture<T>(x, x.by_larger(static_cast<Scalar<T>>(1 - skew), static_cast<Scalar<T>>(skew)));
-  }
-  template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const Mixture<T> m = mixture(x);
-    return x.larger * x.by_larger(m.kl_larger, m.kl_smaller);
+    const T ratio = x.ratio(), above = -share<T>() * x.expm1;  // (1 - skew) |q - p| / larger
+    const T y = x.by_larger(-above, above * Primitives<T>::reciprocal(maximum(ratio, splat<T>(FormatOf<T>::kTiny))));
+    const Log1p<T> logarithm(y);
+    // The second form is for a p that vanishes beside q; at small y it would cancel.
+    const T below = y < 1 ? ratio * logarithm.shortfall : above - ratio * logarithm.value;
+    return x.larger * x.by_larger(logarithm.shortfall, below);
   }
   template <typename T>
-  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
-    const Mixture<T> m = mixture(x);
-    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
+  KLDIV_HD T grad_q(const Pair<T>& x) const {
+    const T ratio = x.ratio(), kept = splat<T>(static_cast<Scalar<T>>(skew));
+    // m / larger, from shares that do not round to 0 where skew is close to 0 or 1
+    const T m = x.by_larger(kept + share<T>() * ratio, share<T>() + kept * ratio);
+    const T drop = share<T>() * x.expm1 * Primitives<T>::reciprocal(m);  // (1 - skew) (smaller - larger) / m
+    return x.larger * share<T>() * x.by_larger(ratio * drop, -drop);
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m)
-    const Mixture<T> m = mixture(x);
-    return x.larger * x.by_larger(-m.log, -m.smaller_gap) +
-           static_cast<Scalar<T>>(skew) * x.teacher() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return term(x) - grad_q(x);
+  }
+
+ private:
+  template <typename T>
+  KLDIV_HD T share() const {  // of q
+    return splat<T>(static_cast<Scalar<T>>(1 - skew));
   }
 };
 

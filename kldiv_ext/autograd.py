@@ -1,8 +1,8 @@
 """The torch.autograd.Functions, and the operators' own autograd kernels beneath them.
 
-A Function runs the fused operators. Beneath it every operator has an autograd kernel of its own, because
-`torch.compile(torch.func.grad(f))` inlines Functions and calls operators while gradients are tracked: there a plain
-composite takes over instead of a silent zero.
+A Function runs the fused operators, and plain ones take over under torch.func transforms and forward-mode AD. Beneath
+it every operator has an autograd kernel of its own, because the compiler may inline a Function and call operators
+while gradients are tracked: there a plain composite takes over as well, instead of a silent zero.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ class Options(NamedTuple):
 
 
 def plain_needed(*tensors: Tensor | None) -> bool:
-    """Whether a mode is active that only plain operators can serve: forward-mode AD or a torch.func transform."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or _any_tangent(tensors)
+    """Whether a mode is active that only plain operators can serve: a torch.func transform or forward-mode AD."""
+    return _transforming() or (not torch.compiler.is_compiling() and _any_tangent(tensors))
+
+
+def _transforming() -> bool:
+    # By type, since to the compiler what is looked up here is never None.
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def _any_tangent(tensors: Iterable[Any]) -> bool:
     """Whether a tensor carries a tangent of forward-mode AD, which has one level, 0, at a time."""
-    if torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+    if torch.autograd.forward_ad._current_level < 0 and not _transforming():
         return False  # the usual case, without a look at each tensor
     return any(isinstance(t, Tensor) and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
 
@@ -56,6 +59,19 @@ def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor 
     elif reduction == "batchmean" and student.dim() > 1:
         losses = losses / max(student.shape[0], 1)
     return (losses if reduction == "none" else losses.sum()).to(dtype)
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, also of tensors made in inference mode, as a teacher's often are: autograd refuses those, and
+    has no need of them, for they have neither history nor version.
+    """
+    kept = [t is not None and not torch.compiler.is_compiling() and t.is_inference() for t in tensors]
+    ctx.inference = [t if k else None for t, k in zip(tensors, kept, strict=True)]
+    ctx.save_for_backward(*(None if k else t for t, k in zip(tensors, kept, strict=True)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [s if i is None else i for s, i in zip(ctx.saved_tensors, ctx.inference, strict=True)]
 
 
 class DistillationLoss(torch.autograd.Function):
@@ -80,13 +96,13 @@ class DistillationLoss(torch.autograd.Function):
         )
         early = [bool(w and ctx.early) for w in wanted]
         loss, row_constants, *gradients = ops.distillation_loss(student, teacher, row_scale, *options, *early)
-        ctx.save_for_backward(student, teacher, row_scale, *(gradients if ctx.early else [row_constants]))
+        _save(ctx, student, teacher, row_scale, *(gradients if ctx.early else [row_constants]))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
-        student, teacher, row_scale, *computed = ctx.saved_tensors
+        student, teacher, row_scale, *computed = _saved(ctx)
         if _differentiated(grad_output):
             computed = _plain_gradients(grad_output, student, teacher, row_scale, ctx.options, wanted)
         elif ctx.early:
@@ -98,9 +114,12 @@ class DistillationLoss(torch.autograd.Function):
         return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
+def _differentiated(grad_output: Tensor, *saved: Tensor | None) -> bool:
     """Whether a backward is itself differentiated or transformed. The compiler never does that to a Function."""
-    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or plain_needed(*tensors))
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)  # by torch.autograd.grad(is_grads_batched=True)
+    return batched or torch.is_grad_enabled() or plain_needed(grad_output, *saved)
 
 
 def _plain_gradients(
@@ -140,12 +159,12 @@ class KLDiv(torch.autograd.Function):
         ctx.options = (reduction, log_target)
         # The input's gradient needs the target alone (and, for its dtype, an input that differs in it).
         keep_input = ctx.needs_input_grad[1] or input.dtype != target.dtype
-        ctx.save_for_backward(input if keep_input else None, target)
+        _save(ctx, input if keep_input else None, target)
         return ops.kl_div(input, target, reduction, log_target)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, target = ctx.saved_tensors
+        input, target = _saved(ctx)
         wanted = ctx.needs_input_grad[:2]
         if _differentiated(grad_output, input, target):
             gradients = plain_kl_div_backward(grad_output, input, target, *ctx.options, *wanted)

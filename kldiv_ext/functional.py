@@ -274,7 +274,7 @@ def check_options(
     reduction: str,
 ) -> None:
     """Raise for the first option of `distillation_loss` that is wrong."""
-    if divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     for name, value in (("beta", beta), ("skew", skew), ("alpha", alpha), ("temperature", temperature)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):

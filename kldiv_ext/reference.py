@@ -67,7 +67,9 @@ def skew_reverse_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
 
 def total_variation(lp: Tensor, lq: Tensor) -> Tensor:
     """½ Σ |p - q|; its gradient at p = q is 0."""
-    return (lp.exp() - lq.exp()).abs().sum(-1) / 2
+    difference = lp.exp() - lq.exp()
+    sign = difference.sign().masked_fill(difference.isnan(), torch.nan).detach()  # the derivative of abs at NaN is 0
+    return (difference * sign).sum(-1) / 2
 
 
 def alpha(lp: Tensor, lq: Tensor, alpha: float) -> Tensor:

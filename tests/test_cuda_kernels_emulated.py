@@ -150,17 +150,20 @@ def test_neither_order_nor_place_changes_a_bit(kernels: harness.Kernels, columns
     for offset in (1, 2, 3):
         assert_same(run(placed(student, offset), placed(teacher, 3 - offset), offset), expected)
     in_columns = [t.t().contiguous().t() for t in (student, teacher)]
-    in_padded_rows = [torch.full([rows, columns + 5], torch.nan, dtype=dtype)[:, :columns].copy_(t) for t in (student, teacher)]
-    reversed_rows = [t.flip(0).contiguous().as_strided([rows, columns], [columns, 1]) for t in (student, teacher)]
+    in_padded_rows = [
+        torch.full([rows, columns + 5], torch.nan, dtype=dtype)[:, :columns].copy_(t) for t in (student, teacher)
+    ]
     assert_same(run(in_columns[0], teacher), expected)
     assert_same(run(*in_columns), expected)
     assert_same(run(*in_padded_rows), expected)
-    flipped = run(*reversed_rows)
+    flipped = run(student.flip(0), teacher.flip(0))
     assert torch.equal(flipped["row_loss"].flip(0), expected["row_loss"])  # whatever the other rows are
     assert torch.equal(flipped["grad_student"].flip(0), expected["grad_student"])
 
 
-@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str)
+@pytest.mark.parametrize(
+    ("student_dtype", "teacher_dtype"), [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str
+)
 def test_two_dtypes(kernels: harness.Kernels, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
     student, teacher = logits(4, 300, torch.float32)
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
@@ -297,7 +300,10 @@ def test_kl_div(kernels: harness.Kernels, shape: list[int], dtype: torch.dtype, 
     input[dead] = -torch.inf  # a probability of 0 silences it
     leaves = [input.double().requires_grad_(), target.double().requires_grad_()]
     terms = reference.kl_div(leaves[0], leaves[1], reduction="none", log_target=log_target)
-    tolerance = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-12), "atol": 2 * torch.finfo(harness.accumulation_dtype(input)).eps}
+    tolerance = {
+        "rtol": max(2 * torch.finfo(dtype).eps, 1e-12),
+        "atol": 2 * torch.finfo(harness.accumulation_dtype(input)).eps,
+    }
 
     out = kernels.kl_div(input, target, log_target, scale=0.25, reduce=False)
     torch.testing.assert_close(out.double(), 0.25 * terms, **tolerance)
@@ -312,7 +318,7 @@ def test_kl_div(kernels: harness.Kernels, shape: list[int], dtype: torch.dtype, 
         assert of_target is not None
         torch.testing.assert_close(of_target.double(), expected[1].masked_fill(dead, 0), **tolerance | {"atol": 1e-5})
         without_input, _ = kernels.kl_div_backward(grad_output, None, target, log_target, grad_target=False)
-        assert torch.equal(without_input, of_input), (without_input - of_input, grad_output.stride(), of_input.data_ptr()%16, without_input.data_ptr()%16)
+        assert torch.equal(without_input, of_input)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

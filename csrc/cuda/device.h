@@ -14,12 +14,13 @@
 #define KLDIV_UNROLL _Pragma("unroll")
 #define KLDIV_NO_UNROLL _Pragma("unroll 1")
 
-// A kernel, for blocks of at most max_threads; its big arguments are read where they lie, not copied per thread.
-#define KLDIV_KERNEL(max_threads) __global__ __launch_bounds__(max_threads) void
+// A kernel for blocks of at most max_threads, of which one on a multiprocessor is enough: without that "1" ptxas would
+// sooner spill registers than have fewer blocks. Big arguments are read where they lie, not copied for each thread.
+#define KLDIV_KERNEL(max_threads) __global__ __launch_bounds__(max_threads, 1) void
 #define KLDIV_ARGUMENT const __grid_constant__
 
 // `type* name`: room for `count` values that all threads of a block see; undefined at first.
-#define KLDIV_SHARED(type, name, count)                                      \
+#define KLDIV_SHARED(type, name, count)                                        \
   __shared__ alignas(type) unsigned char name##_bytes[sizeof(type) * (count)]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 
@@ -83,7 +84,9 @@ KLDIV_DEVICE void store16_once(void* p, const Bytes16& b) {
 // Host side. An error is left for cudaGetLastError().
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  // clang-format off
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  // clang-format on
 }
 
 }  // namespace kldiv::device

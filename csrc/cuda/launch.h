@@ -19,7 +19,7 @@ int64_t pointwise_partials(int64_t rows, int64_t columns);
 template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream);
 
-// How many blocks share a row, by its length alone: the order of every sum follows from it.
+// How many threads, one block, share a row: by its length alone, because the order of every sum follows from it.
 struct RowRule {
   int64_t columns;  // for rows of up to so many columns
   int threads;
@@ -32,7 +32,7 @@ constexpr RowRule kRowRules[] = {
     {65536, 512},       // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
     {INT64_MAX, 1024},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
 };
-// Where all threads of a block must share the registers: a thread needs twice as many in double.
+// All threads of a block share the registers; in double each needs more than twice as many.
 template <typename acc_t>
 constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 1024 : 256;
 

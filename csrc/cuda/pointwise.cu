@@ -28,15 +28,11 @@ struct AnyElements {
 
   KLDIV_DEVICE_CALL static Group<acc_t> load(const Matrix& matrix, int64_t columns, int64_t first, int n,
                                              acc_t padding) {
-    const auto within_row = [&](int64_t row, int64_t column, int count) {
-      const int64_t stride = matrix.layout.column_stride;
-      return load_any(matrix.data, matrix.dtype, matrix.layout.offset(row) + column * stride, stride, count, padding);
-    };
     int64_t row = first / columns, column = first - row * columns;
-    if (column + n <= columns) return within_row(row, column, n);
+    if (column + n <= columns) return load_any(matrix, row, column, n, padding);
     Group<acc_t> group;
     for (int i = 0; i < kGroup; ++i) {
-      group.x[i] = i < n ? within_row(row, column, 1).x[0] : padding;
+      group.x[i] = i < n ? load_any(matrix, row, column, 1, padding).x[0] : padding;
       if (++column == columns) {
         column = 0;
         ++row;
@@ -51,50 +47,52 @@ struct AnyElements {
 
 // uniform_grad: grad_output is a single number.
 template <bool kLogTarget, typename Elements>
-KLDIV_KERNEL(kElementThreads) pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
+KLDIV_KERNEL(kElementThreads)
+pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
   using KL = PointwiseKL<kLogTarget>;
   using acc_t = typename Elements::acc_t;
   constexpr acc_t kNoTarget = kLogTarget ? -__builtin_inff() : 0;  // contributes 0
   const acc_t scale = static_cast<acc_t>(args.scale);
   Group<acc_t> grad_output{};
   if (uniform_grad) {
-    const acc_t grad = load_any<acc_t>(args.grad_output.data, args.grad_output.dtype, 0, 0, 1, 0).x[0];
+    const acc_t grad = load_any<acc_t>(args.grad_output, 0, 0, 1, 0).x[0];
     for (acc_t& x : grad_output.x) x = grad;
   }
   acc_t sum = 0;
-  for_each_group(args.rows * args.columns, device::block() * device::threads() + device::thread(),
-                 device::blocks() * device::threads(), [&](int64_t first, int n) {
-    const auto load = [&](const Matrix& matrix, acc_t padding) {
-      return Elements::load(matrix, args.columns, first, n, padding);
-    };
-    const auto store = [&](const Output& output, const auto& value) {
-      Group<acc_t> group;
-      KLDIV_UNROLL
-      for (int i = 0; i < kGroup; ++i) group.x[i] = value(i);
-      Elements::store(output, first, n, group);
-    };
-    const Group<acc_t> target = load(args.target, kNoTarget);
-    const Group<acc_t> input = args.input.data ? load(args.input, 0) : Group<acc_t>{};
-    if (args.loss) {
-      acc_t of_group = 0;
-      KLDIV_UNROLL
-      for (int i = 0; i < kGroup; ++i) of_group += KL::term(input.x[i], target.x[i]);
-      sum += of_group;
-    }
-    if (args.output.data) store(args.output, [&](int i) { return KL::term(input.x[i], target.x[i]) * scale; });
-    if (args.grad_output.data) {
-      const Group<acc_t> grad = uniform_grad ? grad_output : load(args.grad_output, 0);
-      const auto product = [&](int i, acc_t slope) {  // a zero slope stays 0 whatever comes in
-        return slope == 0 ? acc_t(0) : grad.x[i] * scale * slope;
-      };
-      if (args.grad_input.data) {
-        store(args.grad_input, [&](int i) { return product(i, KL::grad_input(input.x[i], target.x[i])); });
-      }
-      if (args.grad_target.data) {
-        store(args.grad_target, [&](int i) { return product(i, KL::grad_target(input.x[i], target.x[i])); });
-      }
-    }
-  });
+  for_each_group(
+      args.rows * args.columns, device::block() * device::threads() + device::thread(),
+      device::blocks() * device::threads(), [&](int64_t first, int n) {
+        const auto load = [&](const Matrix& matrix, acc_t padding) {
+          return Elements::load(matrix, args.columns, first, n, padding);
+        };
+        const auto store = [&](const Output& output, const auto& value) {
+          Group<acc_t> group;
+          KLDIV_UNROLL
+          for (int i = 0; i < kGroup; ++i) group.x[i] = value(i);
+          Elements::store(output, first, n, group);
+        };
+        const Group<acc_t> target = load(args.target, kNoTarget);
+        const Group<acc_t> input = args.input.data ? load(args.input, 0) : Group<acc_t>{};
+        if (args.loss) {
+          acc_t of_group = 0;
+          KLDIV_UNROLL
+          for (int i = 0; i < kGroup; ++i) of_group += KL::term(input.x[i], target.x[i]);
+          sum += of_group;
+        }
+        if (args.output.data) store(args.output, [&](int i) { return KL::term(input.x[i], target.x[i]) * scale; });
+        if (args.grad_output.data) {
+          const Group<acc_t> grad = uniform_grad ? grad_output : load(args.grad_output, 0);
+          const auto product = [&](int i, acc_t slope) {  // a zero slope stays 0 whatever comes in
+            return slope == 0 ? acc_t(0) : grad.x[i] * scale * slope;
+          };
+          if (args.grad_input.data) {
+            store(args.grad_input, [&](int i) { return product(i, KL::grad_input(input.x[i], target.x[i])); });
+          }
+          if (args.grad_target.data) {
+            store(args.grad_target, [&](int i) { return product(i, KL::grad_target(input.x[i], target.x[i])); });
+          }
+        }
+      });
   if (args.loss) {
     sum = block_reduce(sum, Plus());
     if (device::thread() == 0) static_cast<acc_t*>(args.partials)[device::block()] = sum;
@@ -139,7 +137,8 @@ void pointwise(const PointwiseArgs& args, void* stream) {
     if (is_dense(args.target, args.columns, dtype) && is_dense(args.input, args.columns, dtype) &&
         (uniform_grad || is_dense(args.grad_output, args.columns, dtype)) && is_dense(args.output, dtype) &&
         is_dense(args.grad_input, dtype) && is_dense(args.grad_target, dtype)) {
-      dispatch_dtype(dtype, [&](auto type) { launch_elements<DenseElements<decltype(type)>>(args, uniform_grad, stream); });
+      dispatch_dtype(dtype,
+                     [&](auto type) { launch_elements<DenseElements<decltype(type)>>(args, uniform_grad, stream); });
     } else {
       wide ? launch_elements<AnyElements<double>>(args, uniform_grad, stream)
            : launch_elements<AnyElements<float>>(args, uniform_grad, stream);

@@ -11,7 +11,7 @@ constexpr int kMaxThreads = 1024;
 template <typename Value, typename Merge>
 KLDIV_DEVICE Value warp_reduce(Value value, const Merge& merge) {
   KLDIV_NO_UNROLL  // once per row: not worth five copies
-  for (int lanes = device::kWarp / 2; lanes > 0; lanes /= 2) {
+      for (int lanes = device::kWarp / 2; lanes > 0; lanes /= 2) {
     value = merge(value, device::shuffle_down(value, lanes));
   }
   return value;

@@ -40,11 +40,11 @@ class RowWalk {
     const acc_t factor = scale * inverse_temperature_ + 0 * constants.shift;
     const Columns<acc_t, Divergence> columns{divergence_, constants, inverse_temperature_, factor};
     if (loss) {
-      const RowSums<acc_t> sums = together ? sums_with_gradient(columns, teacher, student, row)
-                                           : this->sums(columns, teacher, student);
-      constants.set_sums(sums);
+      const RowSums<acc_t> total =
+          together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
+      constants.set_sums(total);
       if (first_thread) {
-        *loss = scale * sums.term;
+        *loss = scale * total.term;
         *saved = constants;
       }
     }
@@ -63,6 +63,7 @@ class RowWalk {
     });
   }
 
+  // Phase 1.
   KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student) const {
     RowState<acc_t> mine;
     walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
@@ -72,6 +73,7 @@ class RowWalk {
     return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, inverse_temperature_); });
   }
 
+  // Phase 2.
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
     RowSums<acc_t> mine;
     walk<Use::kAgain>(teacher, student,
@@ -79,6 +81,7 @@ class RowWalk {
     return block_reduce(mine, Plus());
   }
 
+  // Phases 2 and 3 of the student's gradient in one walk, where nothing of phase 3 has to wait for a sum.
   KLDIV_DEVICE RowSums<acc_t> sums_with_gradient(const Evaluation& columns, const Side& teacher, const Side& student,
                                                  int64_t row) const {
     RowSums<acc_t> mine;
@@ -92,6 +95,7 @@ class RowWalk {
     return block_reduce(mine, Plus());
   }
 
+  // Phase 3.
   KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student,
                                     int64_t row) const {
     walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
@@ -127,8 +131,9 @@ void launch_rows(const DistillationArgs& args, void* stream) {
   dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
     // The quotient is made here: many GPUs are slow in double.
-    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads<typename Side::acc_t>(args.columns), stream, args,
-                   divergence, static_cast<typename Side::acc_t>(1 / args.temperature));
+    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows),
+                   row_threads<typename Side::acc_t>(args.columns), stream, args, divergence,
+                   static_cast<typename Side::acc_t>(1 / args.temperature));
   });
 }
 

@@ -7,7 +7,8 @@
 namespace kldiv::cuda {
 
 template <typename acc_t>
-KLDIV_KERNEL(kMaxThreads) sum_parts(const acc_t* parts, int64_t count, double scale, acc_t* sum) {
+KLDIV_KERNEL(kMaxThreads)
+sum_parts(const acc_t* parts, int64_t count, double scale, acc_t* sum) {
   double mine = 0;
   for (int64_t i = device::thread(); i < count; i += device::threads()) mine += static_cast<double>(parts[i]);
   const double total = block_reduce(mine, Plus());

@@ -58,7 +58,8 @@ inline void store16_once(void* p, const Bytes16& bytes) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/,
+            const Arguments&... arguments) {
   const std::tuple<Parameters...> parameters(arguments...);
   emulation::run(blocks, threads, [&] { std::apply(kernel, parameters); });
 }

@@ -28,8 +28,8 @@ const Position& position();
 // For body(): waits for all threads of the block.
 void barrier();
 
-// For body(): waits for all lanes of the warp, then replaces [value, value + size) by that of the lane `lanes` up (one's
-// own beyond the last lane) or, with kFromFirst, of the first lane.
+// For body(): waits for all lanes of the warp, then replaces [value, value + size) by that of the lane `lanes` up
+// (one's own beyond the last lane) or, with kFromFirst, of the first lane.
 constexpr int kFromFirst = -1;
 void shuffle(void* value, size_t size, int lanes);
 

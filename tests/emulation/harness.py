@@ -32,13 +32,11 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 
 
-def build(
-    folder: Path, sources: Sequence[Path], name: str, flags: Sequence[str], include: Sequence[Path] = ()
-) -> Path:
+def build(folder: Path, sources: Sequence[Path], name: str, flags: Sequence[str], include: Sequence[Path] = ()) -> Path:
     """Compile and link `sources` (two at a time) into `folder`, once per content; the path of the result."""
     cxx = compiler()
     assert cxx is not None
-    command = [cxx, "-std=c++20", "-Wall", "-Wextra", "-Werror", *flags]
+    command = [cxx, "-std=c++20", "-Wall", "-Wextra", *flags]
     command += [f"-I{path}" for path in (*include, HERE, CSRC)]
     content = hashlib.sha256(repr(command).encode())
     for path in sorted({*sources, *CSRC.rglob("*.h"), *HERE.glob("*.h")}):
@@ -81,7 +79,7 @@ class Output(ctypes.Structure):
 
 
 def _matrix(tensor: Tensor | None, flat: bool = False) -> Matrix:
-    matrix = Matrix()
+    matrix = Matrix(dtype=DTYPES.index(torch.float32))
     matrix.layout.column_stride = 1
     if tensor is None:
         return matrix
@@ -92,9 +90,10 @@ def _matrix(tensor: Tensor | None, flat: bool = False) -> Matrix:
     if tensor.dim() == 0:
         matrix.layout.column_stride = 0
         return matrix
-    matrix.layout.dims = tensor.dim() - 1
-    matrix.layout.sizes[: tensor.dim() - 1] = tensor.shape[:-1]
-    matrix.layout.strides[: tensor.dim() - 1] = tensor.stride()[:-1]
+    leading = [d for d in range(tensor.dim() - 1) if tensor.shape[d] != 1]
+    matrix.layout.dims = len(leading)
+    matrix.layout.sizes[: len(leading)] = [tensor.shape[d] for d in leading]
+    matrix.layout.strides[: len(leading)] = [tensor.stride(d) for d in leading]
     matrix.layout.column_stride = tensor.stride(-1)
     return matrix
 
@@ -303,9 +302,7 @@ class Kernels:
         return of_input, of_target
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        self._call(
-            "emulated_scale", _output(gradient), gradient.numel(), factor.data_ptr(), DTYPES.index(factor.dtype)
-        )
+        self._call("emulated_scale", _output(gradient), gradient.numel(), factor.data_ptr(), DTYPES.index(factor.dtype))
 
 
 def _c(argument: Any) -> Any:

@@ -54,8 +54,8 @@ KLDIV_KERNEL(kThreads) no_barrier(double* out) {
 // Whether every order of the threads gives `expected` everywhere and no error.
 bool right(void (*kernel)(double*), double expected) {
   using emulation::Order;
-  for (const auto& [order, seed] : {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u},
-                                   {Order::kRandom, 2u}}) {
+  for (const auto& [order, seed] :
+       {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u}, {Order::kRandom, 2u}}) {
     emulation::set_order(order, seed);
     std::vector<double> out(kThreads, std::nan(""));
     try {

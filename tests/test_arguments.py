@@ -1,0 +1,224 @@
+"""Wrong arguments of distillation_loss and DistillationLoss: the right error, naming the argument and its value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import kldiv_ext
+from kldiv_ext import DistillationLoss, _library, distillation_loss
+
+STUDENT, TEACHER = torch.randn(2, 3, 11), torch.randn(2, 3, 11)
+
+
+class Wrong(NamedTuple):
+    error: type[Exception] | tuple[type[Exception], ...]
+    says: str  # what the message must hold: the name, and the value or what is wrong with it
+    arguments: dict[str, Any]
+
+
+def of_logits(argument: str) -> dict[str, Wrong]:
+    return {
+        f"{argument} None": Wrong(TypeError, f"{argument}.*NoneType", {argument: None}),
+        f"{argument} list": Wrong(TypeError, f"{argument}.*list", {argument: [[1.0, 2.0]]}),
+        f"{argument} ndarray": Wrong(TypeError, f"{argument}.*ndarray", {argument: np.ones((2, 3, 11))}),
+        f"{argument} int64": Wrong(TypeError, f"{argument}.*int64", {argument: torch.ones(2, 3, 11).long()}),
+        f"{argument} bool": Wrong(TypeError, f"{argument}.*bool", {argument: torch.ones(2, 3, 11).bool()}),
+        f"{argument} complex": Wrong(TypeError, f"{argument}.*complex64", {argument: torch.ones(2, 3, 11) * 1j}),
+        f"{argument} float8": Wrong(
+            TypeError, f"{argument}.*float8", {argument: torch.ones(2, 3, 11).to(torch.float8_e4m3fn)}
+        ),
+        f"{argument} sparse": Wrong(TypeError, f"{argument}.*sparse", {argument: torch.ones(2, 3, 11).to_sparse()}),
+        f"{argument} 0-d": Wrong(ValueError, rf"{argument}.*\(\)", {argument: torch.tensor(1.0)}),
+        f"{argument} empty vocabulary": Wrong(ValueError, rf"{argument}.*\(2, 3, 0\)", {argument: torch.ones(2, 3, 0)}),
+        f"{argument} vocabulary": Wrong(ValueError, r"same shape.*\(2, 3, 1\)", {argument: torch.ones(2, 3, 1)}),
+        f"{argument} broadcasts": Wrong(ValueError, r"same shape.*\(1, 3, 11\)", {argument: torch.ones(1, 3, 11)}),
+        f"{argument} fewer dimensions": Wrong(ValueError, r"same shape.*\(3, 11\)", {argument: torch.ones(3, 11)}),
+        f"{argument} other device": Wrong(
+            ValueError, "device.*meta|meta.*device", {argument: torch.ones(2, 3, 11, device="meta")}
+        ),
+    }
+
+
+def of_positions(argument: str, good: torch.Tensor, *bad_dtypes: torch.dtype) -> dict[str, Wrong]:
+    return {
+        f"{argument} list": Wrong(TypeError, f"{argument}.*list", {argument: good.tolist()}),
+        f"{argument} number": Wrong(TypeError, f"{argument}.*float", {argument: 1.0}),
+        f"{argument} transposed": Wrong(ValueError, rf"{argument}.*\(2, 3\).*\(3, 2\)", {argument: good.t()}),
+        f"{argument} broadcasts": Wrong(ValueError, rf"{argument}.*\(2, 3\).*\(1, 3\)", {argument: good[:1]}),
+        f"{argument} flat": Wrong(ValueError, rf"{argument}.*\(2, 3\).*\(6,\)", {argument: good.flatten()}),
+        f"{argument} with vocabulary": Wrong(
+            ValueError, rf"{argument}.*\(2, 3\).*\(2, 3, 11\)", {argument: good[..., None].expand(2, 3, 11)}
+        ),
+        f"{argument} other device": Wrong(ValueError, f"{argument}.*cpu.*meta", {argument: good.to("meta")}),
+    } | {f"{argument} {d}": Wrong(TypeError, f"{argument}.*{str(d)[6:]}", {argument: good.to(d)}) for d in bad_dtypes}
+
+
+def of_share(argument: str) -> dict[str, Wrong]:
+    return {
+        f"{argument} -0.1": Wrong(ValueError, f"{argument}.*-0.1", {argument: -0.1}),
+        f"{argument} 1.5": Wrong(ValueError, f"{argument}.*1.5", {argument: 1.5}),
+        f"{argument} nan": Wrong(ValueError, f"{argument}.*nan", {argument: math.nan}),
+        f"{argument} str": Wrong(TypeError, f"{argument}.*'0.5'", {argument: "0.5"}),
+        f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: True}),
+        f"{argument} Tensor": Wrong(TypeError, f"{argument}.*tensor", {argument: torch.tensor(0.5)}),
+        f"{argument} None": Wrong(TypeError, f"{argument}.*None", {argument: None}),
+    }
+
+
+# The arguments that tensors come in as.
+TENSORS = {
+    **of_logits("student_logits"),
+    **of_logits("teacher_logits"),
+    **of_positions("labels", torch.ones(2, 3).long(), torch.int32, torch.float32, torch.bool),
+    **of_positions("mask", torch.ones(2, 3).bool(), torch.uint8, torch.int64, torch.float32),
+    **of_positions("weight", torch.ones(2, 3), torch.int64, torch.bool, torch.complex64),
+    "weight requires grad": Wrong(ValueError, "weight.*gradient", {"weight": torch.ones(2, 3, requires_grad=True)}),
+    "num_items float": Wrong(TypeError, "num_items.*2.5", {"num_items": 2.5}),
+    "num_items bool": Wrong(TypeError, "num_items.*True", {"num_items": True}),
+    "num_items str": Wrong(TypeError, "num_items.*'2'", {"num_items": "2"}),
+    "num_items negative": Wrong(ValueError, "num_items.*-1", {"num_items": -1}),
+    "num_items 1-d": Wrong(ValueError, r"num_items.*\(1,\)", {"num_items": torch.tensor([2])}),
+    "num_items bool tensor": Wrong(ValueError, "num_items.*bool", {"num_items": torch.tensor(True)}),
+    "num_items complex": Wrong(ValueError, "num_items.*complex", {"num_items": torch.tensor(2j)}),
+    "num_items requires grad": Wrong(
+        ValueError, "num_items.*gradient", {"num_items": torch.tensor(2.0, requires_grad=True)}
+    ),
+    "num_items other device": Wrong(ValueError, "num_items.*meta", {"num_items": torch.tensor(2, device="meta")}),
+}
+
+OPTIONS = {
+    "divergence unknown": Wrong(ValueError, "divergence.*forward_kl.*'kl'", {"divergence": "kl"}),
+    "divergence case": Wrong(ValueError, "divergence.*'JSD'", {"divergence": "JSD"}),
+    "divergence None": Wrong(ValueError, "divergence.*None", {"divergence": None}),
+    "divergence list": Wrong((TypeError, ValueError), r"divergence.*\['jsd'\]", {"divergence": ["jsd"]}),
+    **of_share("beta"),
+    **of_share("skew"),
+    **of_share("alpha"),
+    "temperature 0": Wrong(ValueError, "temperature.*0", {"temperature": 0}),
+    "temperature -1": Wrong(ValueError, "temperature.*-1", {"temperature": -1.0}),
+    "temperature inf": Wrong(ValueError, "temperature.*inf", {"temperature": math.inf}),
+    "temperature nan": Wrong(ValueError, "temperature.*nan", {"temperature": math.nan}),
+    "temperature str": Wrong(TypeError, "temperature.*'1'", {"temperature": "1"}),
+    "temperature bool": Wrong(TypeError, "temperature.*True", {"temperature": True}),
+    "temperature Tensor": Wrong(TypeError, "temperature.*tensor", {"temperature": torch.tensor(2.0)}),
+    "temperature None": Wrong(TypeError, "temperature.*None", {"temperature": None}),
+    "T2 int": Wrong(TypeError, "scale_by_temperature_squared.*1", {"scale_by_temperature_squared": 1}),
+    "ignore_index float": Wrong(TypeError, "ignore_index.*1.0", {"ignore_index": 1.0}),
+    "ignore_index bool": Wrong(TypeError, "ignore_index.*True", {"ignore_index": True}),
+    "ignore_index None": Wrong(TypeError, "ignore_index.*None", {"ignore_index": None}),
+    "reduction unknown": Wrong(ValueError, "reduction.*batchmean.*'avg'", {"reduction": "avg"}),
+    "reduction None": Wrong(ValueError, "reduction.*None", {"reduction": None}),
+    "reduction list": Wrong((TypeError, ValueError), r"reduction.*\['mean'\]", {"reduction": ["mean"]}),
+    "unknown option": Wrong(TypeError, "temprature", {"temprature": 2.0}),
+}
+
+
+def still_works() -> None:
+    leaf = STUDENT.clone().requires_grad_()
+    loss = distillation_loss(leaf, TEACHER)
+    loss.backward()
+    assert loss > 0 and leaf.grad.any()
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(w, id=name) for name, w in {**TENSORS, **OPTIONS}.items()])
+def test_function(wrong: Wrong) -> None:
+    with pytest.raises(wrong.error, match=wrong.says):
+        distillation_loss(**{"student_logits": STUDENT, "teacher_logits": TEACHER, **wrong.arguments})
+    still_works()
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(w, id=name) for name, w in OPTIONS.items()])
+def test_module_at_construction(wrong: Wrong) -> None:
+    with pytest.raises(wrong.error, match=wrong.says):
+        DistillationLoss(**wrong.arguments)
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(w, id=name) for name, w in TENSORS.items()])
+def test_module_at_the_call(wrong: Wrong) -> None:
+    module = DistillationLoss()
+    with pytest.raises(wrong.error, match=wrong.says):
+        module(**{"student_logits": STUDENT, "teacher_logits": TEACHER, **wrong.arguments})
+    assert module(STUDENT, TEACHER) > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+def test_num_items_without_mean(reduction: str) -> None:
+    with pytest.raises(ValueError, match=f"num_items.*7.*{reduction}"):
+        distillation_loss(STUDENT, TEACHER, reduction=reduction, num_items=7)
+
+
+def test_options_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        distillation_loss(STUDENT, TEACHER, None, "jsd")
+    with pytest.raises(TypeError, match="positional"):
+        DistillationLoss("jsd")
+
+
+def test_every_option_is_checked() -> None:
+    """A new option needs a row above."""
+    tested = {name for wrong in (*TENSORS.values(), *OPTIONS.values()) for name in wrong.arguments}
+    assert tested - {"temprature"} == set(distillation_loss.__kwdefaults__) | {
+        "student_logits",
+        "teacher_logits",
+        "labels",
+    }
+
+
+@pytest.mark.parametrize("option", ["beta", "skew", "alpha"])
+def test_unused_parameters_are_checked_too(option: str) -> None:
+    """Rather than ignored until the divergence changes."""
+    with pytest.raises(ValueError, match=option):
+        distillation_loss(STUDENT, TEACHER, divergence="forward_kl", **{option: 2.0})
+
+
+def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing CUDA kernels say so and what to do; any other device is named."""
+    logits = torch.ones(2, 11, device="meta")
+    assert distillation_loss(logits, logits).device.type == "meta"  # shapes alone: the fake kernels
+
+    class Elsewhere(torch.Tensor):
+        kind = "cuda"
+        device = property(lambda self: torch.device(self.kind))
+
+    cuda = torch.ones(2, 11).as_subclass(Elsewhere)
+    monkeypatch.setattr(_library, "cuda_missing_reason", "they are lost")
+    with pytest.raises(RuntimeError, match=r"they are lost.*FORCE_CUDA.*kldiv_ext\.info"):
+        distillation_loss(cuda, cuda)
+    Elsewhere.kind = "xpu"
+    with pytest.raises(ValueError, match=r"xpu.*kldiv_ext\.reference"):
+        distillation_loss(cuda, cuda)
+
+
+@pytest.mark.parametrize("call", [
+    lambda ops, a, b: ops.distillation_loss(a, b[:1], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a, b, None, 1.0, "average", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a, b, None, 1.0, "mean", "kl", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(1), 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(2).half(), 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(4)[::2], 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a.long(), b.long(), None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a[:, :0], b[:, :0], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss(a[0, 0], b[0, 0], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
+    lambda ops, a, b: ops.distillation_loss_backward(
+        torch.ones(3), a, b, torch.ones(2, 7), None, 1.0, "none", "jsd", 0.5, 1.0, True, True
+    ),
+    lambda ops, a, b: ops.distillation_loss_backward(
+        torch.ones(2), a, b, torch.ones(2, 6), None, 1.0, "none", "jsd", 0.5, 1.0, True, True
+    ),
+    lambda ops, a, b: ops.scale_(a.t(), torch.ones(())),
+    lambda ops, a, b: ops.scale_(a, torch.ones(2)),
+])  # fmt: skip
+def test_operators_called_directly_do_not_read_out_of_bounds(call: Any) -> None:
+    """What Python checks beforehand; an operator repeats only what memory safety needs."""
+    with pytest.raises(RuntimeError):
+        call(torch.ops.kldiv_ext, torch.randn(2, 11), torch.randn(2, 11))
+    still_works()
+
+
+def test_divergences_are_listed() -> None:
+    assert isinstance(kldiv_ext.DIVERGENCES, tuple) and len(kldiv_ext.DIVERGENCES) == 8

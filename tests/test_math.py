@@ -1,0 +1,406 @@
+"""math.h, divergences.h and row_state.h from the inside, against mpmath: accuracy, special values, signs, merging.
+
+The functions come from a module per instruction set (tests/whitebox), built once by CMake into build/.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+
+from oracle import DIVERGENCES, ENDPOINTS, TERMS, Divergence
+
+ROOT = Path(__file__).parent.parent
+INF, NAN = math.inf, math.nan
+
+# ---------------------------------------------------------------- the modules
+
+
+def run(*command: str | Path) -> None:
+    result = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session")
+def build_folder() -> Path:
+    """Where the modules are, up to date; CMake knows what has changed."""
+    if not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("needs the source tree")
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    pytest.importorskip("pybind11")
+    folder = ROOT / "build" / f"whitebox-{sys.implementation.cache_tag}"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    run("cmake", "-S", ".", "-B", folder, *generator, "-DKLDIV_WHITEBOX=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    run("cmake", "--build", folder, "--target", "whitebox", "--parallel", str(os.cpu_count()))
+    return folder
+
+
+@functools.cache
+def load(folder: Path, isa: str) -> ModuleType:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if isa not in {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}.get(capability, ("portable",)):
+        pytest.skip(f"this machine has no {isa}")
+    path = folder / f"whitebox_{isa}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location(f"whitebox_{isa}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Lane(NamedTuple):
+    """The functions for one type: a scalar, or a vector of an instruction set."""
+
+    functions: Any
+    dtype: type[np.floating[Any]]
+
+    @property
+    def eps(self) -> float:
+        return float(np.finfo(self.dtype).eps)
+
+    @property
+    def tiny(self) -> float:
+        return float(np.finfo(self.dtype).smallest_normal)
+
+    def __call__(self, function: str, values: Any) -> np.ndarray[Any, Any]:
+        return getattr(self.functions, function)(np.asarray(values, self.dtype))
+
+
+LANES = [("portable", "float32"), ("portable", "float64")] + [
+    (isa, f"{dtype}_simd") for isa in ("portable", "avx2", "avx512") for dtype in ("float32", "float64")
+]
+
+
+@pytest.fixture(params=LANES, ids="-".join)
+def lane(build_folder: Path, request: pytest.FixtureRequest) -> Lane:
+    isa, kind = request.param
+    return Lane(getattr(load(build_folder, isa), kind), np.float32 if kind.startswith("float32") else np.float64)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def state(build_folder: Path, request: pytest.FixtureRequest) -> Lane:
+    """Scalars only: what merges row states."""
+    return Lane(getattr(load(build_folder, "portable"), request.param), getattr(np, request.param))
+
+
+# ---------------------------------------------------------------- accuracy of functions
+
+
+def relative_errors(values: np.ndarray[Any, Any], exact: list[Any]) -> np.ndarray[Any, Any]:
+    return np.array([float(abs(mpmath.mpf(float(v)) - x) / abs(x)) for v, x in zip(values, exact, strict=True)])
+
+
+def spread(lane: Lane, low: float, high: float) -> np.ndarray[Any, Any]:
+    """Evenly in the logarithm."""
+    return np.exp(np.linspace(math.log(low), math.log(high), 1500)).astype(lane.dtype)
+
+
+def small(lane: Lane) -> float:
+    """Whose square is still a normal number."""
+    return math.sqrt(lane.tiny) * 10
+
+
+def exponents(lane: Lane) -> np.ndarray[Any, Any]:
+    """Arguments of 2^x whose result is normal."""
+    limit = 126 if lane.dtype is np.float32 else 1022
+    halves = np.arange(-limit, limit) + 0.5  # where the rounding to the nearest power of two switches
+    grid = spread(lane, 1e-6, limit)
+    return np.clip(np.concatenate([-grid, grid, halves]), -limit, limit).astype(lane.dtype)
+
+
+def gaps(lane: Lane) -> np.ndarray[Any, Any]:
+    return np.concatenate([spread(lane, small(lane), 1e4), np.linspace(0.1, 3, 1000)]).astype(lane.dtype)
+
+
+def above_minus_one(lane: Lane) -> np.ndarray[Any, Any]:
+    return np.concatenate([
+        -spread(lane, small(lane), 0.9),
+        lane.dtype(-1) + spread(lane, lane.eps, 0.5),  # 1 + y is exact
+        spread(lane, small(lane), 1e30),
+        np.linspace(-0.6, 1.2, 1000),  # across the steps of the reduction
+    ]).astype(lane.dtype)  # fmt: skip
+
+
+def above_zero(lane: Lane) -> np.ndarray[Any, Any]:
+    y = above_minus_one(lane)
+    return y[y > 0]
+
+
+def below_zero(lane: Lane) -> np.ndarray[Any, Any]:
+    y = above_minus_one(lane)
+    return y[y < 0]
+
+
+def positive(lane: Lane) -> np.ndarray[Any, Any]:
+    info = np.finfo(lane.dtype)
+    near_one = 1 + np.linspace(-0.6, 1.2, 1000)
+    return np.concatenate([spread(lane, float(info.tiny), float(info.max) / 2), near_one]).astype(lane.dtype)
+
+
+class Claim(NamedTuple):
+    """What the head of math.h says."""
+
+    exact: Callable[[Any], Any]
+    arguments: Callable[[Lane], np.ndarray[Any, Any]]
+    float32: float = 4e-7
+    float64: float = 1e-15
+    by_argument: bool = False  # and eps |x|
+
+
+def natural(lane: Lane) -> np.ndarray[Any, Any]:
+    return (exponents(lane) * math.log(2) * 0.999).astype(lane.dtype)
+
+
+CLAIMS = {
+    "exp2": Claim(lambda x: mpmath.power(2, x), exponents),
+    "exp2_floored": Claim(lambda x: mpmath.power(2, x), exponents),
+    "exp": Claim(mpmath.exp, natural, by_argument=True),
+    "exp_any": Claim(mpmath.exp, natural, by_argument=True),
+    "log": Claim(mpmath.log, positive),
+    "decay_expm1": Claim(lambda x: mpmath.expm1(-x), gaps),
+    "decay_excess": Claim(lambda x: x + mpmath.expm1(-x), gaps),
+    "log1p": Claim(mpmath.log1p, above_minus_one),
+    "log1p_shortfall": Claim(lambda x: x - mpmath.log1p(x), below_zero),
+    "log1p_shortfall above 0": Claim(lambda x: x - mpmath.log1p(x), above_zero, float32=1e-6, float64=2e-15),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_relative_error(lane: Lane, name: str) -> None:
+    claim, function = CLAIMS[name], name.split()[0]
+    x = claim.arguments(lane)
+    x = x[x != (1 if function == "log" else 0)]  # whose result is 0: below
+    with mpmath.workprec(1100):  # digits for both terms of `excess` where they cancel
+        errors = relative_errors(lane(function, x), [claim.exact(mpmath.mpf(float(v))) for v in x])
+    allowed = getattr(claim, lane.dtype.__name__) + claim.by_argument * lane.eps * np.abs(x)
+    worst = np.argmax(errors / allowed)
+    assert errors[worst] <= allowed[worst], f"{errors[worst]:.2e} at {x[worst]!r}"
+
+
+# argument: result
+SPECIAL = {
+    "exp2": {0: 1, -INF: 0, NAN: NAN, 1: 2, -1: 0.5},
+    "exp2_floored": {0: 1, -INF: "tiny", NAN: NAN},
+    "exp": {0: 1, -INF: 0, NAN: NAN, -1e30: "tiny"},  # a probability is 0 only where its logarithm is -inf
+    "exp_any": {0: 1, -INF: 0, NAN: NAN, -1e30: 0, 1e30: INF, INF: INF},
+    "log": {1: 0, 0: -INF, -0.0: -INF, -1: NAN, -INF: NAN, INF: INF, NAN: NAN},
+    "decay_expm1": {0: 0, INF: -1, NAN: NAN, 1e30: -1},
+    "decay_excess": {0: 0, INF: INF, NAN: NAN, 1e30: 1e30},
+    "log1p": {0: 0},
+    "log1p_shortfall": {0: 0, NAN: NAN},
+}
+
+
+@pytest.mark.parametrize("function", SPECIAL)
+def test_special_values(lane: Lane, function: str) -> None:
+    for argument, result in SPECIAL[function].items():
+        result = lane.tiny if result == "tiny" else lane.dtype(result)
+        np.testing.assert_array_equal(lane(function, [argument]), [result], err_msg=f"{function}({argument})")
+
+
+def test_subnormal_arguments(lane: Lane) -> None:
+    x = np.array([1, 2, 3, 1000, 2**20 + 1]) * np.finfo(lane.dtype).smallest_subnormal
+    np.testing.assert_allclose(lane("log", x), np.log(x.astype(np.longdouble)).astype(lane.dtype), rtol=4 * lane.eps)
+    np.testing.assert_array_equal(lane("decay_expm1", x), -x)
+    np.testing.assert_array_equal(lane("decay_excess", x), 0 * x)
+    np.testing.assert_array_equal(lane("log1p", -x), -x)
+    np.testing.assert_array_equal(lane("log1p_shortfall", -x), 0 * x)
+
+
+def test_signs_and_monotony(lane: Lane) -> None:
+    """What `never negative` rests on."""
+    x = np.sort(gaps(lane))
+    for function in ("decay_excess", "log1p_shortfall"):
+        assert (lane(function, x) >= 0).all()
+    assert (lane("log1p_shortfall", -x[x < 0.99]) >= 0).all()
+    expm1 = lane("decay_expm1", x)
+    assert (expm1 < 0).all() and (expm1 >= -1).all()
+    assert (np.diff(expm1) <= lane.eps).all()
+
+
+# ---------------------------------------------------------------- columns
+
+
+def columns(lane: Lane) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(log p, log q): gaps from hardly any to wide, both ways, at large and small probabilities."""
+    generator = np.random.default_rng(0)
+    gap = np.exp(np.linspace(math.log(1e-5), math.log(25), 160)) * np.where(np.arange(160) % 2, 1, -1)
+    upper = -generator.uniform(0, 12, 160)
+    lp = np.where(gap > 0, upper, upper + gap).astype(lane.dtype)
+    return lp, np.where(gap > 0, upper - gap, upper).astype(lane.dtype)
+
+
+def test_pair(lane: Lane) -> None:
+    lp, lq = columns(lane)
+    larger, gap, expm1, excess, teacher_is_larger = lane.functions.make_pair(lp, lq)
+    np.testing.assert_array_equal(teacher_is_larger, lp >= lq)
+    np.testing.assert_array_equal(gap, np.abs(lp - lq))
+    upper = np.maximum(lp, lq)
+    exact = np.exp(upper.astype(np.longdouble))
+    assert (np.abs(larger / exact - 1) <= 4 * lane.eps + 0.5 * lane.eps * np.abs(upper)).all()
+    np.testing.assert_allclose(expm1, lane("decay_expm1", gap), rtol=lane.eps)
+    np.testing.assert_allclose(excess, lane("decay_excess", gap), rtol=lane.eps)
+
+
+def test_pair_with_zeros(lane: Lane) -> None:
+    lp, lq = np.array([[-INF, -INF], [-INF, -1], [-1, -INF], [-1, -1]], lane.dtype).T
+    larger, gap, expm1, excess, _ = lane.functions.make_pair(lp, lq)
+    assert larger[0] == 0 and gap[0] == expm1[0] == excess[0] == 0, "dead on both sides: a gap of 0, not NaN"
+    assert (gap[1:3] == INF).all() and (expm1[1:3] == -1).all() and (excess[1:3] == INF).all()
+    assert gap[3] == expm1[3] == excess[3] == 0
+
+
+def exact_columns(divergence: Divergence, lp: Any, lq: Any) -> Any:
+    """(term, g_q, g_p), differentiated numerically in mpmath."""
+    formula, parameter = TERMS[divergence.name], divergence.parameter
+    parameter = None if parameter is None else mpmath.mpf(parameter)
+    with mpmath.workdps(40):
+        rows = []
+        for p, q in zip(lp, lq, strict=True):
+            point = mpmath.mpf(float(p)), mpmath.mpf(float(q))
+            rows.append((
+                formula(*point, parameter),
+                mpmath.diff(lambda y: formula(point[0], y, parameter), point[1], h=mpmath.mpf(10) ** -14),
+                mpmath.diff(lambda x: formula(x, point[1], parameter), point[0], h=mpmath.mpf(10) ** -14),
+            ))  # fmt: skip
+        return np.array(rows, dtype=object).T
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [*DIVERGENCES, *(Divergence(name, end) for name in ("skew_forward_kl", "skew_reverse_kl") for end in (0.01, 0.99))],
+    ids=str,
+)
+def test_divergence(lane: Lane, divergence: Divergence) -> None:
+    lp, lq = columns(lane)
+    gap, larger = np.abs(lp - lq).astype(float), np.exp(np.maximum(lp, lq).astype(float))
+    computed = lane.functions.divergence(divergence.name, divergence.parameter or 0.0, lp, lq)
+    for name, values, exact in zip(("term", "g_q", "g_p"), computed, exact_columns(divergence, lp, lq), strict=True):
+        errors = np.array([float(abs(float(v) - x)) for v, x in zip(values, exact, strict=True)])
+        # Relative where the two are close; beyond that, relative to the larger probability, which is what a row's
+        # sum sees. jsd and alpha lose a digit per digit that their parameter is from an end.
+        size = np.where(gap < 1, np.abs(exact.astype(float)), larger * (1 + gap))
+        ends = divergence.parameter if divergence.name in ("jsd", "alpha") else None
+        allowed = (20 if ends is None else 5 / (ends * (1 - ends))) * lane.eps * size
+        worst = np.argmax(errors / allowed)
+        assert errors[worst] <= allowed[worst], f"{name}: {errors[worst] / size[worst] / lane.eps:.1f} eps at {lp[worst]}, {lq[worst]}"
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+def test_terms_are_not_negative_and_0_at_equality(lane: Lane, divergence: Divergence) -> None:
+    name, parameter = divergence.name, divergence.parameter or 0.0
+    lp = np.concatenate([np.tile(columns(lane)[0], 20), -np.linspace(0, 80, 3000)]).astype(lane.dtype)
+    generator = np.random.default_rng(1)
+    gap = generator.normal(size=lp.size) * np.exp(generator.uniform(-20, 4, lp.size))
+    lq = np.minimum(lp - gap, 0).astype(lane.dtype)
+    term, grad_q, grad_p = lane.functions.divergence(name, parameter, lp, lq)
+    assert (term >= 0).all()
+    # p dl/dp + q dl/dq = l: a term is homogeneous in p and q.
+    size = np.exp(np.maximum(lp, lq)) * (1 + np.abs(lp - lq))
+    weight = parameter * (1 - parameter) or 1
+    assert (np.abs(grad_q + grad_p - term) <= 20 * lane.eps * size / weight).all()
+    for values in lane.functions.divergence(name, parameter, lp, lp):
+        assert not values.any()
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS, Divergence("skew_forward_kl", 1e-9)], ids=str)
+def test_zeros(lane: Lane, divergence: Divergence) -> None:
+    """Both dead: nothing at all. One dead: the limit of the formula, never NaN."""
+    name, parameter = divergence.name, divergence.parameter or 0.0
+    dead = np.full(3, -INF, lane.dtype)
+    for values in lane.functions.divergence(name, parameter, dead, dead):
+        assert not values.any() and not np.isnan(values).any()
+    alive = np.array([-0.5, -3, -20], lane.dtype)
+    for lp, lq in ((alive, dead), (dead, alive)):
+        limit = lane.functions.divergence(name, parameter, lp, lq)
+        near = lane.functions.divergence(name, parameter, np.maximum(lp, -1e4), np.maximum(lq, -1e4))
+        assert not np.isnan(limit).any()
+        for value, beside in zip(limit, near, strict=True):
+            finite = np.isfinite(value)
+            np.testing.assert_allclose(value[finite], beside[finite], rtol=0.01, atol=1e-12)
+            assert (np.abs(beside[~finite]) > 900 * np.exp(alive[~finite])).all(), "infinite where it grows with the gap"
+
+
+# ---------------------------------------------------------------- the state of a row
+
+
+def log_sum_exp(state: Lane, logits: np.ndarray[Any, Any], inverse_temperature: float) -> tuple[float, float]:
+    """A state as a kernel would make it of a few logits."""
+    maximum = float(logits.max())
+    offset = maximum if maximum > -INF else 0.0
+    return maximum, float(np.exp((logits.astype(float) - offset) * inverse_temperature).sum())
+
+
+@pytest.mark.parametrize("inverse_temperature", [1.0, 0.25, 2.0])
+def test_merge(state: Lane, inverse_temperature: float) -> None:
+    """In any order and grouping the log-sum-exp of all; a part of nothing but -inf adds nothing."""
+    generator = np.random.default_rng(0)
+    merge = state.functions.merge
+    for scale in (1.0, 30.0, 1000.0):
+        logits = (generator.normal(size=(3, 5)) * scale).astype(state.dtype)
+        a, b, c = (log_sum_exp(state, row, inverse_temperature) for row in logits)
+        nothing = log_sum_exp(state, np.full(5, -INF), inverse_temperature)
+        merged = [
+            merge(merge(a, b, inverse_temperature), c, inverse_temperature),
+            merge(a, merge(b, c, inverse_temperature), inverse_temperature),
+            merge(merge(c, a, inverse_temperature), b, inverse_temperature),
+            merge(merge(merge(nothing, a, inverse_temperature), c, inverse_temperature), merge(b, nothing, inverse_temperature), inverse_temperature),
+        ]  # fmt: skip
+        expected = log_sum_exp(state, logits.flatten(), inverse_temperature)
+        for maximum, total in merged:
+            assert maximum == expected[0]
+            # exp's error grows with its argument, but only where what it gives is small
+            np.testing.assert_allclose(total, expected[1], rtol=40 * state.eps)
+    assert merge(a, nothing, 1.0) == a and merge(nothing, a, 1.0) == a, "to the bit"
+    assert merge(a, b, 1.0) == merge(b, a, 1.0), "to the bit"
+
+
+@pytest.mark.parametrize("broken", [(NAN, 1.0), (1.0, NAN), (INF, NAN)], ids=str)
+def test_merge_keeps_nan(state: Lane, broken: tuple[float, float]) -> None:
+    for pair in ((broken, (2.0, 3.0)), ((2.0, 3.0), broken)):
+        assert math.isnan(state.functions.merge(*pair, 1.0)[1])
+
+
+def test_row_constants(state: Lane) -> None:
+    teacher, student = (5.0, 3.0), (2.0, 3.0)
+    values = state.functions.row_constants(teacher, student, 0.5)
+    np.testing.assert_allclose(values, [5, math.log2(3), 2, math.log2(3), 1.5], rtol=4 * state.eps)
+    # Nearly equal sums: the logarithm of their ratio, not the difference of two logarithms.
+    near = 1000.0 * (1 + 4 * state.eps)
+    shift = state.functions.row_constants((1.0, near), (1.0, 1000.0), 1.0)[4]
+    np.testing.assert_allclose(shift, math.log(float(state.dtype(near)) / 1000.0), rtol=0, atol=state.eps)
+    assert state.functions.row_constants(teacher, teacher, 0.5)[4] == 0
+
+
+def test_row_without_mass_is_nan(state: Lane) -> None:
+    nothing, something = (-INF, 0.0), (1.0, 2.0)
+    assert math.isnan(state.functions.row_constants(nothing, something, 1.0)[1])
+    assert math.isnan(state.functions.row_constants(something, nothing, 1.0)[3])
+
+
+# ---------------------------------------------------------------- the library without torch
+
+
+@pytest.mark.slow  # compiles the kernels once more
+def test_kernels_build_without_torch(build_folder: Path) -> None:
+    run("cmake", "--build", build_folder, "--target", "kldiv_cpu", "--parallel", str(os.cpu_count()))
+    (library,) = build_folder.glob("libkldiv_cpu.a")
+    symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+    assert "kldiv::cpu::kernels()" in symbols
+    assert "torch" not in symbols and "c10" not in symbols

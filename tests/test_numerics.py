@@ -1,0 +1,287 @@
+"""The promises of accuracy and determinism: from unrelated pairs down to nearly equal ones, to the bit where it is
+said so, on every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kldiv_ext
+from kldiv_ext import distillation_loss, reference
+from oracle import DIVERGENCES, DTYPES, ENDPOINTS, FORWARD_KL, JSD, Divergence, Result, cases, make_pair, run
+
+REAL = 32000  # Llama 2
+LARGE = 151936  # Qwen
+
+# ---------------------------------------------------------------- promises
+
+# Distance of the student's logits from the teacher's, as a standard deviation: forward KL is about half its square.
+DISTANCES = (4.0, 1.0, 1e-1, 1e-2, 1e-3, 1.5e-4)
+
+PROMISED_GRADIENT = 4e-3  # relative L2, of the whole gradient
+PROMISED_LOSS = 1e-5  # relative, away from 0,
+NEAR_ZERO, PROMISED_NEAR_ZERO = 1e-4, 1e-3  # relative, from here
+BELOW, PROMISED_BELOW = 1e-6, 1e-9  # down to here, and absolute below
+
+
+def promised_loss_error(exact: Tensor) -> Tensor:
+    near = torch.where(exact < BELOW, PROMISED_BELOW, PROMISED_NEAR_ZERO * exact)
+    return torch.where(exact < NEAR_ZERO, near, PROMISED_LOSS * exact)
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def compare(student: Tensor, teacher: Tensor, divergence: Divergence, gradient_tolerance: float) -> Result:
+    """Unreduced: every row has its own promise."""
+    ours = run(distillation_loss, student, teacher, **divergence.options, reduction="none")
+    exact = run(reference.distillation_loss, student.double(), teacher.double(), **divergence.options, reduction="none")
+    error = (ours.loss - exact.loss).abs()
+    assert (ours.loss >= 0).all()
+    assert (error <= promised_loss_error(exact.loss)).all(), f"{error.max():.1e} at {exact.loss[error.argmax()]:.1e}"
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert relative(value, wanted) <= gradient_tolerance, f"{relative(value, wanted):.1e}"
+    return ours
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_float32(device: str, divergence: Divergence, distance: float) -> None:
+    """Also where the loss is 1e-8. Total variation alone jumps where p = q: columns that float32 cannot tell apart
+    get the gradient of either side."""
+    student, teacher = make_pair(4, REAL, spread=3.0, distance=distance, device=device)
+    jumps = divergence.name == "total_variation" and distance < 1e-2
+    compare(student, teacher, divergence, 0.05 if jumps else PROMISED_GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_half_precision(device: str, divergence: Divergence, distance: float, dtype: torch.dtype) -> None:
+    """A teacher of the student's dtype: as close as that can be, most logits are equal. float16 with the factor that
+    keeps its gradient out of the subnormal numbers."""
+    student, teacher = make_pair(4, REAL, spread=3.0, distance=distance, dtype=dtype, device=device)
+    scale = 2.0**14 if dtype == torch.float16 else 1.0
+    ours = run(distillation_loss, student, teacher, **divergence.options, grad_output=scale)
+    exact = run(
+        reference.distillation_loss, student.double(), teacher.double(), **divergence.options, grad_output=scale
+    )
+    assert abs(ours.loss - exact.loss) <= promised_loss_error(exact.loss)
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert relative(value, wanted) <= PROMISED_GRADIENT, f"{relative(value, wanted):.1e}"
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_float64(device: str, divergence: Divergence, distance: float) -> None:
+    """Against the oracle's own rounding error, which grows as the two come close."""
+    student, teacher = make_pair(2, 5000, dtype=torch.float64, distance=distance, device=device)
+    ours = run(distillation_loss, student, teacher, **divergence.options)
+    exact = run(reference.distillation_loss, student, teacher, **divergence.options)
+    assert abs(ours.loss - exact.loss) <= 1e-15 + 1e-12 * exact.loss
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert relative(value, wanted) <= 1e-12 / distance
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-2])
+def test_large_vocabulary(device: str, distance: float) -> None:
+    student, teacher = make_pair(2, LARGE, spread=3.0, distance=distance, dtype=torch.bfloat16, device=device)
+    compare(student, teacher, FORWARD_KL, 2.5e-3)  # no entry stands out: the error is that of rounding, 1.6e-3
+
+
+@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD, Divergence("skew_forward_kl", 0.1)], ids=str)
+def test_peaked_rows(device: str, divergence: Divergence) -> None:
+    """As language models are where they are sure: one column has all but 1e-3 of the mass."""
+    student, teacher = make_pair(4, REAL, device=device, distance=0.1)
+    student[:, 17], teacher[:, 17] = student[:, 17] + 17.5, teacher[:, 17] + 17.5
+    compare(student, teacher, divergence, PROMISED_GRADIENT)
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "alpha"])
+def test_parameters_near_their_ends(device: str, name: str) -> None:
+    """The promises hold from 0.01 to 0.99; nearer to an end nothing breaks."""
+    for distance in (2.0, 0.1):
+        student, teacher = make_pair(4, 5000, distance=distance, device=device)
+        for parameter in (0.01, 0.99):
+            compare(student, teacher, Divergence(name, parameter), PROMISED_GRADIENT)
+        for parameter in (1e-12, 1e-7, 1e-4, 1 - 1e-4, 1 - 1e-7, 1 - 1e-12):
+            result = run(distillation_loss, student, teacher, **Divergence(name, parameter).options)
+            assert all(value.isfinite().all() for value in result) and result.loss >= 0
+            student[:, 3] = teacher[:, 4] = -torch.inf
+            result = run(distillation_loss, student, teacher, **Divergence(name, parameter).options)
+            assert all(value.isfinite().all() for value in result) and result.loss >= 0
+
+
+# ---------------------------------------------------------------- exactly 0
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (3, 33), (2, 4100), (1, REAL)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+def test_identical_rows(device: str, divergence: Divergence, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    _, teacher = make_pair(*shape, dtype=dtype, spread=3.0, device=device)
+    teacher[..., ::7] = -torch.inf if shape[-1] > 1 else 1.0
+    for temperature in (1.0, 0.7):
+        result = run(distillation_loss, teacher.clone(), teacher, **divergence.options, temperature=temperature)
+        assert result.loss == 0 and not result.loss.signbit()
+        assert not result.grad_student.any() and not result.grad_teacher.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_identical_rows_of_two_dtypes(device: str, dtype: torch.dtype) -> None:
+    student, _ = make_pair(3, 4100, dtype=dtype, device=device)
+    for other in (torch.float32, torch.float64):
+        result = run(distillation_loss, student, student.to(other), **JSD.options)
+        assert result.loss == 0 and not result.grad_student.any() and not result.grad_teacher.any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_never_negative(device: str, divergence: Divergence) -> None:
+    """Rows that differ in their last bits, by a constant, or in one column."""
+    _, teacher = make_pair(200, 300, spread=3.0, device=device)
+    last_bits = torch.nextafter(teacher, torch.where(torch.rand_like(teacher) < 0.5, -torch.inf, torch.inf))
+    one_column = teacher.clone()
+    one_column[:, 5] += torch.logspace(-8, 1, 200, device=device)
+    for student in (last_bits, teacher + 3.3, teacher + 1e-4 * torch.randn_like(teacher), one_column):
+        loss = distillation_loss(student, teacher, **divergence.options, temperature=0.9, reduction="none")
+        assert (loss >= 0).all()
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+def same_bits(a: Result, b: Result) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Few long rows are shared out by their chunks, many by the row.
+SIZES = {"few-long": (2, 50257), "one-long": (1, 130000), "many": (64, 3000), "many-short": (5000, 40)}
+
+
+@pytest.mark.parametrize("shape", cases(SIZES))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+def test_runs_and_threads(
+    divergence: Divergence, dtype: torch.dtype, reduction: str, shape: tuple[int, int], threads: Callable[[int], None]
+) -> None:
+    student, teacher = make_pair(*shape, dtype=dtype)
+    weight = torch.rand(shape[0])
+    results = []
+    for count in (1, 2, 3, 8, 2, 1):
+        threads(count)
+        results.append(run(distillation_loss, student, teacher, **divergence.options, weight=weight, reduction=reduction))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs(device: str, dtype: torch.dtype, reduction: str) -> None:
+    student, teacher = make_pair(64, 5000, dtype=dtype, device=device)
+    first, *others = (run(distillation_loss, student, teacher, **JSD.options, reduction=reduction) for _ in range(5))
+    assert all(same_bits(other, first) for other in others)
+
+
+@pytest.mark.parametrize("columns", [40, 3000, 50257])
+@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+def test_batch_composition(device: str, divergence: Divergence, columns: int) -> None:
+    """A row alone, in a small batch and in a large one, beside a row of NaN."""
+    student, teacher = make_pair(20, columns, device=device)
+    whole = run(distillation_loss, student, teacher, **divergence.options, reduction="none")
+    student[12] = torch.nan
+    for rows in (slice(7, 8), slice(5, 9), slice(7, 13)):
+        part = run(distillation_loss, student[rows], teacher[rows], **divergence.options, reduction="none")
+        i = 7 - rows.start
+        assert part.loss[i] == whole.loss[7]
+        assert torch.equal(part.grad_student[i], whole.grad_student[7])
+        assert torch.equal(part.grad_teacher[i], whole.grad_teacher[7])
+
+
+@pytest.mark.parametrize("columns", [50, 4099])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+def test_addresses_and_strides(device: str, divergence: Divergence, dtype: torch.dtype, columns: int) -> None:
+    student, teacher = make_pair(6, columns, dtype=dtype, device=device)
+    expected = run(distillation_loss, student, teacher, **divergence.options)
+    for offset in (0, 1, 3, 8):
+        storage = torch.empty(6 * columns + offset, dtype=dtype, device=device)
+        moved = storage[offset:].view(6, columns).copy_(student)
+        assert same_bits(run(distillation_loss, moved, teacher, **divergence.options), expected)
+        assert same_bits(run(distillation_loss, student, teacher + 0 * moved, **divergence.options), expected)
+    for strided in (teacher.t().contiguous().t(), teacher.repeat_interleave(2, 1)[:, ::2], torch.cat([teacher] * 2, 1)[:, :columns]):
+        assert not strided.is_contiguous()
+        assert same_bits(run(distillation_loss, student, strided, **divergence.options), expected)
+
+
+def test_reductions_agree(device: str) -> None:
+    """The unreduced losses and gradients are those that the sum is made of."""
+    student, teacher = make_pair(8, 3000, device=device)
+    each = run(distillation_loss, student, teacher, **JSD.options, reduction="none")
+    total = run(distillation_loss, student, teacher, **JSD.options, reduction="sum")
+    assert total.loss == each.loss.double().sum().float()
+    assert torch.equal(total.grad_student, each.grad_student) and torch.equal(total.grad_teacher, each.grad_teacher)
+
+
+# ---------------------------------------------------------------- 16-bit storage
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversion_of_every_number(device: str, dtype: torch.dtype) -> None:
+    """Widened exactly and rounded to nearest even, subnormal numbers, infinities and NaN included, vectors and tail."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    for factor in (2.0, 1 + 2**-9, 2**-9 + 2**-12, -(2**-20) * 3, 1e30, 0.0):
+        for values in (patterns, patterns[:-3].clone()):
+            expected = (values.float() * factor).to(dtype)
+            torch.ops.kldiv_ext.scale_(values := values.clone(), torch.tensor(factor, device=device))
+            assert torch.equal(values.isnan(), expected.isnan())
+            number = ~expected.isnan()
+            assert torch.equal(values[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+# ---------------------------------------------------------------- instruction sets
+
+ON_ONE_ISA = """
+import kldiv_ext, torch
+from kldiv_ext import _C
+from oracle import DIVERGENCES, DTYPES, ENDPOINTS, check, make_pair
+print(_C.cpu_isa)
+for dtype in DTYPES:
+    for divergence in [*DIVERGENCES, *ENDPOINTS]:
+        for reduction in ("mean", "none"):
+            check(*make_pair(3, 4133, dtype=dtype), **divergence.options, temperature=1.5, reduction=reduction)
+student, teacher = make_pair(4, 2000, distance=1e-3)
+loss = kldiv_ext.distillation_loss(student, teacher)
+assert abs(loss / kldiv_ext.reference.distillation_loss(student, teacher) - 1) < 1e-3
+log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+for log_target in (False, True):
+    target = log_p if log_target else log_p.exp()
+    loss = kldiv_ext.kl_div(log_q, target, reduction="sum", log_target=log_target)
+    torch.testing.assert_close(loss.double(), kldiv_ext.reference.kl_div(log_q, target, reduction="sum", log_target=log_target), rtol=1e-4, atol=1e-8)
+"""
+AVAILABLE = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_set(isa: str) -> None:
+    if isa not in AVAILABLE.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
+        pytest.skip(f"this machine has no {isa}")
+    paths = [str(Path(__file__).parent), str(Path(kldiv_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "KLDIV_EXT_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    result = subprocess.run([sys.executable, "-c", ON_ONE_ISA], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [isa]
