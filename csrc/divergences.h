@@ -40,13 +40,13 @@ struct Pair {
   }
 
   KLDIV_HD T ratio() const { return expm1 + 1; }  // smaller / larger
+  KLDIV_HD T divisor() const { return maximum(ratio(), splat<T>(static_cast<Scalar<T>>(1e-30))); }  // never 0
   KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio()); }  // p
   KLDIV_HD T student() const { return larger * by_larger(ratio(), splat<T>(1)); }  // q
   // The same column with teacher and student exchanged.
   KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, !teacher_is_larger}; }
-  // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
+  // The gap where it meets a ratio that is 0 for all beyond it: inf must not meet 0.
   KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
-  KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
 };
 
 // KL(p || q) = sum p (log p - log q) - p + q.
@@ -130,42 +130,41 @@ struct JensenShannon {
     return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).term : View<T>(x, beta).term;
   }
   template <typename T>
-  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
-    if (beta <= 0.5) return View<T>(x, beta).grad_q;
-    const View<T> exchanged(x.exchanged(), 1 - beta);
-    return exchanged.term - exchanged.grad_q;
+  KLDIV_HD T grad_q(const Pair<T>& x) const {
+    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).grad_p : View<T>(x, beta).grad_q;
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {  // a term is homogeneous in p and q
-    return term(x) - grad_q(x);
+  KLDIV_HD T grad_p(const Pair<T>& x) const {
+    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).grad_q : View<T>(x, beta).grad_p;
   }
 
  private:
   // With beta up to 1/2.
   template <typename T>
   struct View {
-    T term, grad_q;
+    T term, grad_q, grad_p;
 
     KLDIV_HD View(const Pair<T>& x, double beta) {
       const T b = splat<T>(static_cast<Scalar<T>>(beta)), rest = splat<T>(static_cast<Scalar<T>>(1 - beta));
-      const T ratio = x.ratio(), drop = b * x.expm1;  // beta (smaller - larger) / larger
-      const T y = x.by_larger(-drop * Primitives<T>::reciprocal(maximum(ratio, splat<T>(FormatOf<T>::kTiny))), drop);
+      const T ratio = x.ratio(), drop = b * x.expm1;
+      const T y = x.by_larger(-drop * Primitives<T>::reciprocal(x.divisor()), drop);
       // Where q vanishes beside p, everything is seen from p instead: m / p - 1.
       const auto far = y > 1;
-      const T y_or_m = far ? rest * x.expm1 : y;
-      const Log1p<T> logarithm(y_or_m);
-      const T q = x.by_larger(ratio, splat<T>(1));
-      const T gap = ratio * x.finite_gap();
-      const T near_term = b * ForwardKL::relative(x) - q * (y * logarithm.value - logarithm.shortfall);
-      const T far_term = -(y_or_m + 1) * logarithm.value - rest * gap;
-      term = x.larger * (far ? far_term : near_term);
-      grad_q = x.larger * -rest * (far ? gap + ratio * logarithm.value : q * logarithm.value);
+      const T from = far ? rest * x.expm1 : y;
+      const Log1p<T> logarithm(from);
+      const T log = logarithm.value, gap = ratio * x.finite_gap();
+      const T near_term =
+          b * ForwardKL::relative(x) - x.by_larger(ratio, splat<T>(1)) * (y * log - logarithm.shortfall);
+      term = x.larger * (far ? -(from + 1) * log - rest * gap : near_term);
+      // (1 - beta) q log(q / m) and beta p log(p / m)
+      grad_q = x.larger * -rest * x.by_larger(far ? gap + ratio * log : ratio * log, log);
+      grad_p = x.larger * b * x.by_larger(far ? -log : x.gap - log, -gap - ratio * log);
     }
   };
 };
 
 // Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m). With y = m / p - 1 = (1 - skew) (q / p - 1) its term is
-// p (y - log(1 + y)), and g_q = (1 - skew) q (1 - p / m). A term is homogeneous in p and q, so g_p = term - g_q.
+// p (y - log(1 + y)).
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
@@ -173,30 +172,39 @@ struct SkewForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const T ratio = x.ratio(), above = -share<T>() * x.expm1;  // (1 - skew) |q - p| / larger
-    const T y = x.by_larger(-above, above * Primitives<T>::reciprocal(maximum(ratio, splat<T>(FormatOf<T>::kTiny))));
+    const T y = from_p(x), ratio = x.ratio();
     const Log1p<T> logarithm(y);
     // The second form is for a p that vanishes beside q; at small y it would cancel.
-    const T below = y < 1 ? ratio * logarithm.shortfall : above - ratio * logarithm.value;
+    const T below = y < 1 ? ratio * logarithm.shortfall : -share<T>() * x.expm1 - ratio * logarithm.value;
     return x.larger * x.by_larger(logarithm.shortfall, below);
   }
   template <typename T>
-  KLDIV_HD T grad_q(const Pair<T>& x) const {
-    const T ratio = x.ratio(), kept = splat<T>(static_cast<Scalar<T>>(skew));
-    // m / larger, from shares that do not round to 0 where skew is close to 0 or 1
-    const T m = x.by_larger(kept + share<T>() * ratio, share<T>() + kept * ratio);
-    const T drop = share<T>() * x.expm1 * Primitives<T>::reciprocal(m);  // (1 - skew) (smaller - larger) / m
-    return x.larger * share<T>() * x.by_larger(ratio * drop, -drop);
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
+    const T drop = share<T>() * x.expm1 * one_over_m(x);
+    return x.larger * share<T>() * x.by_larger(x.ratio() * drop, -drop);
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {
-    return term(x) - grad_q(x);
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log(p / m) + skew (1 - p / m)), in terms of one sign
+    const T y = from_p(x), ratio = x.ratio();
+    const Log1p<T> logarithm(y);
+    const T rise = y * logarithm.value - logarithm.shortfall + share<T>() * y;
+    return -x.larger * x.by_larger(rise, ratio * ratio * rise) * one_over_m(x);
   }
 
  private:
   template <typename T>
   KLDIV_HD T share() const {  // of q
     return splat<T>(static_cast<Scalar<T>>(1 - skew));
+  }
+  template <typename T>
+  KLDIV_HD T from_p(const Pair<T>& x) const {  // m / p - 1
+    const T drop = share<T>() * x.expm1;
+    return x.by_larger(drop, -drop * Primitives<T>::reciprocal(x.divisor()));
+  }
+  template <typename T>
+  KLDIV_HD T one_over_m(const Pair<T>& x) const {  // larger / m, from shares that are exact close to 0 too
+    const T kept = splat<T>(static_cast<Scalar<T>>(skew));
+    return Primitives<T>::reciprocal(x.by_larger(kept + share<T>() * x.ratio(), share<T>() + kept * x.ratio()));
   }
 };
 

@@ -20,6 +20,9 @@ def _load_cuda() -> str:
     path = Path(__file__).with_name("_C_cuda.abi3.so")
     if not path.exists():
         return f"this copy of kldiv_ext was built without CUDA kernels ({_build_info.no_cuda_reason or 'no object'})"
+    built = _build_info.cuda_version or "?"
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"they were built with CUDA {built}, torch {torch.__version__} with CUDA {torch.version.cuda}"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The rest of PyTorch: torch.library, torch.compile, torch.export, torch.func and the modes of autograd, for every operator."""
+"""The rest of PyTorch for every operator: torch.library, torch.compile, torch.export, torch.func, autograd's modes."""
 
 from __future__ import annotations
 
@@ -76,15 +76,50 @@ def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
         row_scale = scales.to(torch.float64 if dtype == torch.float64 else torch.float32)
         yield student, teacher, None, 1.0, "mean", "forward_kl", 0.0, 1.0, True, True
         yield student, teacher, row_scale, 4.0, "none", "jsd", 0.3, 2.0, False, False
-    yield logits(2, 3, 5, device=device), logits(2, 3, 5, device=device, seed=1), None, 1.0, "batchmean", "alpha", 0.5, 1.0, True, False
-    yield logits(5, device=device), logits(5, device=device, seed=1), None, 1.0, "sum", "reverse_kl", 0.0, 1.0, False, True
+    yield (
+        logits(2, 3, 5, device=device),
+        logits(2, 3, 5, device=device, seed=1),
+        None,
+        1.0,
+        "batchmean",
+        "alpha",
+        0.5,
+        1.0,
+        True,
+        False,
+    )
+    yield (
+        logits(5, device=device),
+        logits(5, device=device, seed=1),
+        None,
+        1.0,
+        "sum",
+        "reverse_kl",
+        0.0,
+        1.0,
+        False,
+        True,
+    )
     yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, 1.0, "sum", "forward_kl", 0.0, 1.0, True, True
-    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), None, 1.0, "mean", "forward_kl", 0.0, 1.0, True, True
+    yield (
+        logits(6, 4, device=device).t(),
+        logits(4, 6, device=device),
+        None,
+        1.0,
+        "mean",
+        "forward_kl",
+        0.0,
+        1.0,
+        True,
+        True,
+    )
 
 
 def distillation_backward_arguments(device: str) -> Iterator[tuple[Any, ...]]:
     for student, teacher, row_scale, *options, _, _ in distillation_arguments(device):
-        loss, row_constants, *_ = torch.ops.kldiv_ext.distillation_loss(student, teacher, row_scale, *options, False, False)
+        loss, row_constants, *_ = torch.ops.kldiv_ext.distillation_loss(
+            student, teacher, row_scale, *options, False, False
+        )
         for wanted in ((True, True), (False, True)):
             yield torch.ones_like(loss), student, teacher, row_constants, row_scale, *options, *wanted
 
@@ -205,7 +240,9 @@ LABELS = torch.tensor([5, -100, 0, 36])
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0])
 
 
-def compiled(function: Callable[..., Any], backend: Any = "aot_eager", dynamic: bool | None = None) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], backend: Any = "aot_eager", dynamic: bool | None = None
+) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
@@ -264,7 +301,9 @@ def test_compiled_kl_div(device: str, reduction: str, dynamic: bool) -> None:
         warnings.simplefilter("ignore")
         assert_compiles(functools.partial(kl_div, **options), (input.log_softmax(-1), target.softmax(-1)), dynamic)
         assert_compiles(
-            functools.partial(kl_div, log_target=True, **options), (input.log_softmax(-1), target.log_softmax(-1)), dynamic
+            functools.partial(kl_div, log_target=True, **options),
+            (input.log_softmax(-1), target.log_softmax(-1)),
+            dynamic,
         )
 
 
@@ -276,7 +315,10 @@ def test_compiled_kl_div_without_a_kernel(device: str) -> None:
         for ours, expected in zip(run(compiled(function), input, other), run(function, input, other), strict=True):
             assert_close(ours, expected)
     with torch.autocast(device, torch.bfloat16):
-        assert_equal(compiled(kl_div)(input.bfloat16(), target.exp(), reduction="none"), kl_div(input.bfloat16(), target.exp(), reduction="none"))
+        assert_equal(
+            compiled(kl_div)(input.bfloat16(), target.exp(), reduction="none"),
+            kl_div(input.bfloat16(), target.exp(), reduction="none"),
+        )
 
 
 def test_compiled_graphs_hold_the_kernels(device: str) -> None:
@@ -289,7 +331,10 @@ def test_compiled_graphs_hold_the_kernels(device: str) -> None:
 
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record, bw_compiler=record)
     expected = {
-        functools.partial(kl_div, reduction="sum"): [["kldiv_ext.kl_div.default"], ["kldiv_ext.kl_div_backward.default"]],
+        functools.partial(kl_div, reduction="sum"): [
+            ["kldiv_ext.kl_div.default"],
+            ["kldiv_ext.kl_div_backward.default"],
+        ],
         distillation_loss: [["kldiv_ext.distillation_loss.default"], []],
         functools.partial(distillation_loss, reduction="none"): [
             ["kldiv_ext.distillation_loss.default"],
@@ -488,7 +533,9 @@ def test_gradient_penalty(device: str, dtype: torch.dtype) -> None:
         penalty = torch.autograd.grad((gradient.double() * 100).square().sum(), (student, teacher))
         exact = [t.detach().double().requires_grad_() for t in (student, teacher)]
         reduction = "mean" if function is distillation_loss else "none"
-        (gradient,) = torch.autograd.grad(reference.distillation_loss(*exact, reduction=reduction).sum(), exact[0], create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            reference.distillation_loss(*exact, reduction=reduction).sum(), exact[0], create_graph=True
+        )
         expected = torch.autograd.grad((gradient * 100).square().sum(), exact)
         for value, other in zip(penalty, expected, strict=True):
             assert other.any()
@@ -647,8 +694,24 @@ def test_threads(device: str) -> None:
 def test_plain_operators_keep_the_rules(device: str, divergence: str) -> None:
     """Zeros, infinities, NaN and rows that do not count, where plain operators take over from the kernels."""
     inf, nan = torch.inf, torch.nan
-    student = [[1, 2, -inf, 0.5], [1, -inf, 0.3, 0.2], [0.5, 0.2, 1, 0.3], [nan, 0, 0, 1], [-inf] * 4, [inf, 0, 1, 2], [nan] * 4]
-    teacher = [[0, 1, -inf, 0.5], [1, 0.2, 0.3, 0.2], [0.5, -inf, 1, 0.3], [1, 0, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 4]]
+    student = [
+        [1, 2, -inf, 0.5],
+        [1, -inf, 0.3, 0.2],
+        [0.5, 0.2, 1, 0.3],
+        [nan, 0, 0, 1],
+        [-inf] * 4,
+        [inf, 0, 1, 2],
+        [nan] * 4,
+    ]
+    teacher = [
+        [0, 1, -inf, 0.5],
+        [1, 0.2, 0.3, 0.2],
+        [0.5, -inf, 1, 0.3],
+        [1, 0, 0, 1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+    ]
     tensors = [torch.tensor(rows, dtype=torch.float64, device=device) for rows in (student, teacher)]
     mask = torch.tensor([True] * 6 + [False], device=device)
 
@@ -668,7 +731,9 @@ def test_plain_operators_keep_the_rules(device: str, divergence: str) -> None:
 
 
 def test_modules_are_copied_and_pickled() -> None:
-    module = kldiv_ext.DistillationLoss(divergence="alpha", alpha=0.3, temperature=2.0, ignore_index=-1, reduction="sum")
+    module = kldiv_ext.DistillationLoss(
+        divergence="alpha", alpha=0.3, temperature=2.0, ignore_index=-1, reduction="sum"
+    )
     tensors = (*pair(), torch.tensor([1, -1, 2, 3]))
     stream = io.BytesIO()
     torch.save(module, stream)

@@ -7,7 +7,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,7 +42,9 @@ def log_probabilities(*shape: int, dtype: torch.dtype = torch.float64, device: s
     return torch.randn(shape, generator=generator, dtype=torch.float64).log_softmax(-1).to(device, dtype)
 
 
-def pair(*shape: int, log_target: bool, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def pair(
+    *shape: int, log_target: bool, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     target = log_probabilities(*shape, dtype=dtype, device=device, seed=1)
     return log_probabilities(*shape, dtype=dtype, device=device), target if log_target else target.exp()
 
@@ -256,7 +258,9 @@ def test_strides(device: str, strides: str, dtype: torch.dtype) -> None:
         for of_input, of_target, of_grad in layouts:
             a, b = of_input(input).detach().requires_grad_(), of_target(target).detach().requires_grad_()
             result = kl_div(a, b, reduction=reduction, log_target=log_target)
-            gradients = torch.autograd.grad(result, (a, b), of_grad(grad_output) if reduction == "none" else grad_output)
+            gradients = torch.autograd.grad(
+                result, (a, b), of_grad(grad_output) if reduction == "none" else grad_output
+            )
             results.append((result, *gradients))
         for other in results[1:]:
             for value, expected in zip(other, results[0], strict=True):
@@ -272,7 +276,9 @@ def test_expanded(device: str) -> None:
         row, other = pair(1, 9, log_target=log_target, device=device)
         full = other.repeat(4, 1)
         for ours, theirs in zip(
-            torch.autograd.grad(kl_div(row.requires_grad_().expand(4, 9), full, reduction="sum", log_target=log_target), row),
+            torch.autograd.grad(
+                kl_div(row.requires_grad_().expand(4, 9), full, reduction="sum", log_target=log_target), row
+            ),
             torch.autograd.grad(F.kl_div(row.expand(4, 9), full, reduction="sum", log_target=log_target), row),
             strict=True,
         ):
@@ -280,7 +286,10 @@ def test_expanded(device: str) -> None:
 
 
 def test_channels_last(device: str) -> None:
-    input, target = (t.reshape(2, 3, 4, 5).to(memory_format=torch.channels_last) for t in pair(24, 5, log_target=False, device=device))
+    input, target = (
+        t.reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        for t in pair(24, 5, log_target=False, device=device)
+    )
     for reduction in REDUCTIONS:
         assert_as_pytorch(input, target, reduction=reduction)
 
@@ -291,7 +300,11 @@ def test_grad_outputs(device: str, reduction: str) -> None:
     input, target = pair(6, 5, log_target=False, device=device)
     shape = input.shape if reduction == "none" else ()
     one = torch.tensor(1.5, device=device, dtype=input.dtype)
-    for grad_output in (one.expand(shape), torch.zeros(shape, device=device), torch.randn(shape[::-1], device=device).t()):
+    for grad_output in (
+        one.expand(shape),
+        torch.zeros(shape, device=device),
+        torch.randn(shape[::-1], device=device).t(),
+    ):
         assert_as_pytorch(input, target, reduction=reduction, grad_output=grad_output)
         if not grad_output.any():
             leaves = leaf(input), leaf(target)
@@ -554,7 +567,9 @@ def test_func_transforms(device: str, transform: str, log_target: bool) -> None:
     arguments = pair(4, 4, log_target=log_target, device=device)
     for reduction in ("mean", "sum"):
         results = [
-            TRANSFORMS[transform](lambda a, b, f=f, r=reduction: f(a, b, reduction=r, log_target=log_target), *arguments)
+            TRANSFORMS[transform](
+                lambda a, b, f=f, r=reduction: f(a, b, reduction=r, log_target=log_target), *arguments
+            )
             for f in (kl_div, F.kl_div)
         ]
         assert_close(*results)
@@ -582,7 +597,7 @@ def test_autocast(device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 class Recorded(torch.Tensor):
     """A subclass that has its say in every function."""
 
-    calls: list[Any] = []
+    calls: ClassVar[list[Any]] = []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

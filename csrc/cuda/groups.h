@@ -95,13 +95,13 @@ class DenseSide {
   const scalar_t* row_;
 };
 
-// Groups of any dtype and strides. Calls, not inlined: kernels would lose their registers to addresses.
+// Groups of any dtype and stride. Calls, not inlined: kernels would lose their registers to addresses.
 template <typename acc_t>
-KLDIV_DEVICE_CALL Group<acc_t> load_any(const Matrix& matrix, int64_t row, int64_t column, int n, acc_t padding) {
+KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
+                                        acc_t padding) {
   Group<acc_t> group;
-  dispatch_dtype(matrix.dtype, [&](auto type) {
-    const int64_t stride = matrix.layout.column_stride;
-    const auto* from = static_cast<const decltype(type)*>(matrix.data) + matrix.layout.offset(row) + column * stride;
+  dispatch_dtype(dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(data) + offset;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
   });
@@ -125,11 +125,12 @@ class AnySide {
  public:
   using acc_t = acc;
 
-  KLDIV_DEVICE AnySide(const Matrix& matrix, int64_t row) : matrix_(matrix), row_(row) {}
+  KLDIV_DEVICE AnySide(const Matrix& matrix, int64_t row) : matrix_(matrix), row_(matrix.layout.offset(row)) {}
 
   template <Use>
   KLDIV_DEVICE Group<acc_t> load(uint32_t first, int n, acc_t padding) const {
-    return load_any(matrix_, row_, first, n, padding);
+    const int64_t stride = matrix_.layout.column_stride;
+    return load_any(matrix_.data, matrix_.dtype, row_ + first * stride, stride, n, padding);
   }
 
   KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
@@ -138,7 +139,7 @@ class AnySide {
 
  private:
   const Matrix& matrix_;
-  const int64_t row_;
+  const int64_t row_;  // where it begins
 };
 
 // Calls body(first, n) for every group of `count` elements that falls to this one of `threads` threads. index_t must

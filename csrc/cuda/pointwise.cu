@@ -28,11 +28,15 @@ struct AnyElements {
 
   KLDIV_DEVICE_CALL static Group<acc_t> load(const Matrix& matrix, int64_t columns, int64_t first, int n,
                                              acc_t padding) {
+    const auto within_row = [&](int64_t row, int64_t column, int count) {
+      const int64_t stride = matrix.layout.column_stride;
+      return load_any(matrix.data, matrix.dtype, matrix.layout.offset(row) + column * stride, stride, count, padding);
+    };
     int64_t row = first / columns, column = first - row * columns;
-    if (column + n <= columns) return load_any(matrix, row, column, n, padding);
+    if (column + n <= columns) return within_row(row, column, n);
     Group<acc_t> group;
     for (int i = 0; i < kGroup; ++i) {
-      group.x[i] = i < n ? load_any(matrix, row, column, 1, padding).x[0] : padding;
+      group.x[i] = i < n ? within_row(row, column, 1).x[0] : padding;
       if (++column == columns) {
         column = 0;
         ++row;
@@ -55,7 +59,7 @@ pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
   const acc_t scale = static_cast<acc_t>(args.scale);
   Group<acc_t> grad_output{};
   if (uniform_grad) {
-    const acc_t grad = load_any<acc_t>(args.grad_output, 0, 0, 1, 0).x[0];
+    const acc_t grad = load_any<acc_t>(args.grad_output.data, args.grad_output.dtype, 0, 0, 1, 0).x[0];
     for (acc_t& x : grad_output.x) x = grad;
   }
   acc_t sum = 0;

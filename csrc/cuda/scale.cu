@@ -7,9 +7,9 @@ namespace {
 
 template <typename scalar_t>
 KLDIV_KERNEL(kElementThreads)
-scale_elements(scalar_t* gradient, int64_t count, KLDIV_ARGUMENT Matrix factor) {
+scale_elements(scalar_t* gradient, int64_t count, const void* factor, Dtype factor_dtype) {
   using acc_t = AccOf<scalar_t>;
-  const double wide_factor = load_any<double>(factor, 0, 0, 1, 0).x[0];
+  const double wide_factor = load_any<double>(factor, factor_dtype, 0, 0, 1, 0).x[0];
   if (wide_factor == 1) return;
   const acc_t by = static_cast<acc_t>(wide_factor);
   // Counted from the 16-byte boundary before the gradient, so that all groups but the first lie on one.
@@ -32,7 +32,7 @@ void scale(const ScaleArgs& args, void* stream) {
   dispatch_dtype(args.gradient.dtype, [&](auto type) {
     using scalar_t = decltype(type);
     device::launch(scale_elements<scalar_t>, element_blocks(args.count), kElementThreads, stream,
-                   static_cast<scalar_t*>(args.gradient.data), args.count, Matrix{args.factor, args.factor_dtype, {}});
+                   static_cast<scalar_t*>(args.gradient.data), args.count, args.factor, args.factor_dtype);
   });
 }
 

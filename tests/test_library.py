@@ -1,0 +1,212 @@
+"""The package as installed: what the shared objects lean on, what import does, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kldiv_ext
+from kldiv_ext import _library, functional, info, reference
+
+PACKAGE = Path(kldiv_ext.__file__).parent
+OBJECTS = sorted(PACKAGE.glob("*.so"))
+PUBLIC = [kldiv_ext.kl_div, kldiv_ext.distillation_loss, kldiv_ext.KLDivLoss, kldiv_ext.DistillationLoss]
+
+
+def run_python(*arguments: str, cwd: Path, **environment: str) -> str:
+    """What a Python elsewhere prints, finding this copy of the package."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------- the shared objects
+
+
+def test_objects_are_of_the_limited_python_abi() -> None:
+    names = [path.name for path in OBJECTS]
+    assert "_C.abi3.so" in names
+    assert set(names) <= {"_C.abi3.so", "_C_cuda.abi3.so"}
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
+def test_objects_need_nothing_of_libtorch_but_its_stable_abi(path: Path) -> None:
+    """A symbol of c10, at or torch in C++ would tie the object to one version of torch."""
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", "--demangle", path], text=True)
+    needed = [line.split(maxsplit=1)[1] for line in listed.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in needed), "nm shows no symbols"
+    assert [symbol for symbol in needed if re.search(r"\b(c10|at|torch|caffe2)::", symbol)] == []
+    assert [symbol for symbol in needed if symbol.startswith("cuda")] == [] or path.name == "_C_cuda.abi3.so"
+
+
+# ---------------------------------------------------------------- import
+
+
+def test_import_from_elsewhere(tmp_path: Path) -> None:
+    """It works from any directory, without a warning, and touches no GPU: a DataLoader may fork afterwards."""
+    script = (
+        "import torch, kldiv_ext\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(kldiv_ext.distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item())"
+    )
+    assert run_python("-W", "error::UserWarning", "-c", script, cwd=tmp_path).strip() == "0.0"
+
+
+def test_info(tmp_path: Path) -> None:
+    printed = run_python("-m", "kldiv_ext.info", cwd=tmp_path).splitlines()
+    assert printed == [f"{name}: {value}" for name, value in info.collect().items()]
+    assert info.collect()["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
+def test_instruction_set_is_chosen_by_the_environment(tmp_path: Path, wanted: str) -> None:
+    """The best that the machine has, up to the one asked for; all compute the same to rounding."""
+    script = (
+        "import json, torch, kldiv_ext, kldiv_ext.info\n"
+        "s, t = (torch.randn(5, 1001, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))\n"
+        "loss = kldiv_ext.distillation_loss(s, t, divergence='jsd')\n"
+        "loss = loss + kldiv_ext.kl_div(s, t, reduction='sum', log_target=True)\n"
+        "loss.backward()\n"
+        "print(json.dumps([kldiv_ext.info.collect()['isa'], loss.item(), s.grad.tolist(), t.grad.tolist()]))"
+    )
+    isa, loss, *gradients = json.loads(run_python("-c", script, cwd=tmp_path, KLDIV_EXT_CPU_ISA=wanted))
+    order = ["portable", "avx2", "avx512"]
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    assert isa == order[min(order.index(wanted), order.index(best))]
+
+    student, teacher = (
+        torch.randn(5, 1001, generator=torch.Generator().manual_seed(seed)).double().requires_grad_() for seed in (0, 1)
+    )
+    exact = reference.distillation_loss(student, teacher, divergence="jsd")
+    exact = exact + F.kl_div(student, teacher, reduction="sum", log_target=True)
+    exact.backward()
+    assert loss == pytest.approx(exact.item(), rel=1e-6)
+    for gradient, leaf in zip(gradients, (student, teacher), strict=True):
+        torch.testing.assert_close(torch.tensor(gradient).double(), leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- without CUDA kernels
+
+
+def test_missing_cuda_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`distillation_loss` says what is missing and how to build it; the drop-in is left to PyTorch."""
+    monkeypatch.setattr(_library, "cuda_missing_reason", "this is a test")
+    with FakeTensorMode():
+        logits = torch.empty(3, 4, device="cuda")
+        with pytest.raises(RuntimeError, match=r"this is a test.*FORCE_CUDA=1.*python -m kldiv_ext\.info"):
+            kldiv_ext.distillation_loss(logits, logits)
+        assert kldiv_ext.kl_div(logits, logits, reduction="none").shape == (3, 4)
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        logits = torch.empty(3, 4, device="xpu")
+        with pytest.raises(ValueError, match=r"CPU or a CUDA device, got xpu.*kldiv_ext\.reference"):
+            kldiv_ext.distillation_loss(logits, logits)
+        assert kldiv_ext.kl_div(logits, logits, reduction="sum").shape == ()
+
+
+def test_reasons_for_missing_cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Never an exception: a CUDA object that is absent or broken leaves the CPU working."""
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "built without CUDA kernels" in _library._load_cuda()
+    (tmp_path / "_C_cuda.abi3.so").write_text("not an object")
+    assert _library._load_cuda().startswith("_C_cuda.abi3.so does not load: ")
+
+
+@pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason="built without CUDA kernels")
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_cuda_kernels_load() -> None:
+    """Also where there is no GPU."""
+    assert _library.cuda_missing_reason == ""
+
+
+# ---------------------------------------------------------------- what is public
+
+
+def test_public_names() -> None:
+    assert set(kldiv_ext.__all__) <= set(dir(kldiv_ext))
+    assert tuple(reference.DIVERGENCES) == kldiv_ext.DIVERGENCES
+    assert (PACKAGE / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", kldiv_ext.__version__)
+
+
+def test_version() -> None:
+    """One version in the package, in the project file and in what pip installed."""
+    project = PACKAGE.parent / "pyproject.toml"
+    if project.exists():
+        assert f'\nversion = "{kldiv_ext.__version__}"\n' in project.read_text()
+    try:
+        distribution = importlib.metadata.distribution("kldiv_ext")
+    except importlib.metadata.PackageNotFoundError:
+        return  # run from the source tree
+    assert distribution.version == kldiv_ext.__version__
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__qualname__)
+def test_docstrings(public: Any) -> None:
+    """Each says what it is equivalent to, in code that is Python, and what its arguments are."""
+    documented = inspect.getdoc(public) or ""
+    equivalent = re.search(r"^Equivalent to[^\n]*::\n\n((?:    .*\n?|\n)+)", documented, re.MULTILINE)
+    assert equivalent, documented
+    ast.parse(inspect.cleandoc(equivalent[1]))
+
+
+@pytest.mark.parametrize("function", [kldiv_ext.kl_div, kldiv_ext.distillation_loss], ids=lambda f: f.__name__)
+def test_arguments_are_documented(function: Any) -> None:
+    arguments = (inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"^\s+(\w+, )*{name}(, \w+)*: ", arguments, re.MULTILINE), name
+
+
+def test_every_module_and_function_says_what_it_is() -> None:
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path.name
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def parameters(function: Any, *, without: tuple[str, ...] = ()) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.default, p.kind) for p in found if p.name not in without]
+
+
+def test_signatures() -> None:
+    """The drop-in's are PyTorch's; the oracle and the module take what the function takes."""
+    assert parameters(kldiv_ext.kl_div) == parameters(F.kl_div)
+    assert parameters(kldiv_ext.KLDivLoss) == parameters(torch.nn.KLDivLoss)
+    assert parameters(reference.kl_div) == parameters(F.kl_div)
+    assert parameters(reference.distillation_loss) == parameters(functional.distillation_loss)
+    tensors = ("labels", "mask", "weight", "num_items")
+    options = parameters(functional.distillation_loss, without=("student_logits", "teacher_logits", *tensors))
+    assert parameters(kldiv_ext.DistillationLoss) == options
+    called = [name for name, _, _ in parameters(kldiv_ext.DistillationLoss.forward, without=("self",))]
+    assert called == ["student_logits", "teacher_logits", *tensors]
