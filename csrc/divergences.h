@@ -40,13 +40,13 @@ struct Pair {
   }
 
   KLDIV_HD T ratio() const { return expm1 + 1; }  // smaller / larger
-  KLDIV_HD T divisor() const { return maximum(ratio(), splat<T>(static_cast<Scalar<T>>(1e-30))); }  // never 0
   KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio()); }  // p
   KLDIV_HD T student() const { return larger * by_larger(ratio(), splat<T>(1)); }  // q
   // The same column with teacher and student exchanged.
   KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, !teacher_is_larger}; }
-  // The gap where it meets a ratio that is 0 for all beyond it: inf must not meet 0.
+  // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
   KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
+  KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
 };
 
 // KL(p || q) = sum p (log p - log q) - p + q.
@@ -56,14 +56,10 @@ struct ForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.larger * relative(x);
-  }
-  template <typename T>
-  KLDIV_HD static T relative(const Pair<T>& x) {  // to the larger probability
     // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), whose first form keeps its
     // digits at small gaps and whose second does at large ones.
     const T below = x.gap < 1 ? -x.gap * x.expm1 - x.excess : -x.expm1 - x.finite_gap() * x.ratio();
-    return x.by_larger(x.excess, below);
+    return x.larger * x.by_larger(x.excess, below);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // q - p
@@ -117,9 +113,37 @@ struct Jeffreys {
   }
 };
 
-// Generalised Jensen-Shannon divergence (GKD): m = beta p + (1 - beta) q, beta KL(p || m) + (1 - beta) KL(q || m).
-// With y = m / q - 1 = beta (p / q - 1) that is beta KL(p || q) - KL(m || q), the second term being
-// q ((1 + y) log(1 + y) - y): for a beta up to 1/2 less than half of the first, so nothing cancels.
+// The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. Where the larger share
+// is that of the smaller probability, a relative error of eps grows by 1 / (share (1 - share)).
+template <typename T>
+struct Mixture {
+  T larger_share, smaller_share;  // how much m holds of the larger and of the smaller probability
+  T log;           // log(m / larger)
+  T kl_larger;     // of larger || m: larger log(larger / m) - larger + m
+  T kl_smaller;    // of smaller || m
+  T smaller_gap;   // smaller * log(m / smaller)
+  T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
+
+  KLDIV_HD Mixture(const Pair<T>& x, double share_of_teacher) {
+    const auto teacher_share = static_cast<Scalar<T>>(share_of_teacher);
+    const auto student_share = static_cast<Scalar<T>>(1 - share_of_teacher);  // not rounded to 0 where it is small
+    larger_share = x.by_larger(teacher_share, student_share);
+    smaller_share = x.by_larger(student_share, teacher_share);
+    const T minus_one = smaller_share * x.expm1;  // m / larger - 1
+    const Log1p<T> logarithm(minus_one);
+    log = logarithm.value;
+    kl_larger = logarithm.shortfall;
+    kl_smaller = larger_share * x.expm1 * x.expm1 - x.ratio() * (x.finite_excess() - logarithm.shortfall);
+    kl_smaller = maximum(kl_smaller, T{});  // where m is hardly more than the smaller one
+    smaller_gap = x.ratio() * (x.finite_gap() + log);
+    const T reciprocal = Primitives<T>::reciprocal(larger_share + smaller_share * x.ratio());
+    one_minus_larger = minus_one * reciprocal;
+    one_minus_smaller = -larger_share * x.expm1 * reciprocal;
+  }
+};
+
+// Generalised Jensen-Shannon divergence (GKD): m = beta p + (1 - beta) q,
+// beta KL(p || m) + (1 - beta) KL(q || m).
 struct JensenShannon {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
@@ -127,44 +151,22 @@ struct JensenShannon {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).term : View<T>(x, beta).term;
+    const Mixture<T> m(x, beta);
+    return x.larger * (m.larger_share * m.kl_larger + m.smaller_share * m.kl_smaller);
   }
   template <typename T>
-  KLDIV_HD T grad_q(const Pair<T>& x) const {
-    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).grad_p : View<T>(x, beta).grad_q;
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
+    const Mixture<T> m(x, beta);
+    return -x.larger * x.by_larger(m.smaller_share * m.smaller_gap, m.larger_share * m.log);
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {
-    return beta > 0.5 ? View<T>(x.exchanged(), 1 - beta).grad_q : View<T>(x, beta).grad_p;
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // beta p log(p / m)
+    const Mixture<T> m(x, beta);
+    return -x.larger * x.by_larger(m.larger_share * m.log, m.smaller_share * m.smaller_gap);
   }
-
- private:
-  // With beta up to 1/2.
-  template <typename T>
-  struct View {
-    T term, grad_q, grad_p;
-
-    KLDIV_HD View(const Pair<T>& x, double beta) {
-      const T b = splat<T>(static_cast<Scalar<T>>(beta)), rest = splat<T>(static_cast<Scalar<T>>(1 - beta));
-      const T ratio = x.ratio(), drop = b * x.expm1;
-      const T y = x.by_larger(-drop * Primitives<T>::reciprocal(x.divisor()), drop);
-      // Where q vanishes beside p, everything is seen from p instead: m / p - 1.
-      const auto far = y > 1;
-      const T from = far ? rest * x.expm1 : y;
-      const Log1p<T> logarithm(from);
-      const T log = logarithm.value, gap = ratio * x.finite_gap();
-      const T near_term =
-          b * ForwardKL::relative(x) - x.by_larger(ratio, splat<T>(1)) * (y * log - logarithm.shortfall);
-      term = x.larger * (far ? -(from + 1) * log - rest * gap : near_term);
-      // (1 - beta) q log(q / m) and beta p log(p / m)
-      grad_q = x.larger * -rest * x.by_larger(far ? gap + ratio * log : ratio * log, log);
-      grad_p = x.larger * b * x.by_larger(far ? -log : x.gap - log, -gap - ratio * log);
-    }
-  };
 };
 
-// Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m). With y = m / p - 1 = (1 - skew) (q / p - 1) its term is
-// p (y - log(1 + y)).
+// Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m).
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
@@ -172,39 +174,19 @@ struct SkewForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const T y = from_p(x), ratio = x.ratio();
-    const Log1p<T> logarithm(y);
-    // The second form is for a p that vanishes beside q; at small y it would cancel.
-    const T below = y < 1 ? ratio * logarithm.shortfall : -share<T>() * x.expm1 - ratio * logarithm.value;
-    return x.larger * x.by_larger(logarithm.shortfall, below);
+    const Mixture<T> m(x, skew);
+    return x.larger * x.by_larger(m.kl_larger, m.kl_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
-    const T drop = share<T>() * x.expm1 * one_over_m(x);
-    return x.larger * share<T>() * x.by_larger(x.ratio() * drop, -drop);
+    const Mixture<T> m(x, skew);
+    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log(p / m) + skew (1 - p / m)), in terms of one sign
-    const T y = from_p(x), ratio = x.ratio();
-    const Log1p<T> logarithm(y);
-    const T rise = y * logarithm.value - logarithm.shortfall + share<T>() * y;
-    return -x.larger * x.by_larger(rise, ratio * ratio * rise) * one_over_m(x);
-  }
-
- private:
-  template <typename T>
-  KLDIV_HD T share() const {  // of q
-    return splat<T>(static_cast<Scalar<T>>(1 - skew));
-  }
-  template <typename T>
-  KLDIV_HD T from_p(const Pair<T>& x) const {  // m / p - 1
-    const T drop = share<T>() * x.expm1;
-    return x.by_larger(drop, -drop * Primitives<T>::reciprocal(x.divisor()));
-  }
-  template <typename T>
-  KLDIV_HD T one_over_m(const Pair<T>& x) const {  // larger / m, from shares that are exact close to 0 too
-    const T kept = splat<T>(static_cast<Scalar<T>>(skew));
-    return Primitives<T>::reciprocal(x.by_larger(kept + share<T>() * x.ratio(), share<T>() + kept * x.ratio()));
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m)
+    const Mixture<T> m(x, skew);
+    return x.larger * x.by_larger(-m.log, -m.smaller_gap) +
+           static_cast<Scalar<T>>(skew) * x.teacher() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
 };
 
