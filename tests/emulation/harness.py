@@ -39,7 +39,7 @@ def build(folder: Path, sources: Sequence[Path], name: str, flags: Sequence[str]
     command = [cxx, "-std=c++20", "-Wall", "-Wextra", *flags]
     command += [f"-I{path}" for path in (*include, HERE, CSRC)]
     content = hashlib.sha256(repr(command).encode())
-    for path in sorted({*sources, *CSRC.rglob("*.h"), *HERE.glob("*.h")}):
+    for path in sorted({*sources, *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *HERE.glob("*.h")}):
         content.update(path.read_bytes())
     target = folder / content.hexdigest()[:16] / name
     if target.exists():
