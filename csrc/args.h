@@ -43,19 +43,19 @@ struct Output {
 
 // acc_t below is float, or double where either input is double.
 struct DistillationArgs {
-  Matrix student, teacher;          // logits
+  Matrix student, teacher;  // logits
   Output grad_student, grad_teacher;
   int64_t rows = 0, columns = 0;
   std::string_view divergence;
   double parameter = 0;
   double temperature = 1;
-  double scale = 1;                 // multiplies every row's loss and gradient
-  const void* row_scale = nullptr;  // [rows] acc_t, on top of scale; a row whose scale is 0 is never read
+  double scale = 1;                   // multiplies every row's loss and gradient
+  const void* row_scale = nullptr;    // [rows] acc_t, on top of scale; a row whose scale is 0 is never read
   const void* grad_output = nullptr;  // acc_t, multiplies gradients; [rows] or, with stride 0, one for all
   int64_t grad_output_stride = 0;
-  void* row_constants = nullptr;    // [rows, RowConstants::kCount] acc_t; written by forward, read by backward
-  void* row_loss = nullptr;         // [rows] acc_t; null in backward
-  void* loss = nullptr;             // [] acc_t, the sum of row_loss; or null
+  void* row_constants = nullptr;  // [rows, RowConstants::kCount] acc_t; written by forward, read by backward
+  void* row_loss = nullptr;       // [rows] acc_t; null in backward
+  void* loss = nullptr;           // [] acc_t, the sum of row_loss; or null
   Dtype acc_dtype() const {
     return student.dtype == Dtype::kFloat64 || teacher.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   }
@@ -63,14 +63,14 @@ struct DistillationArgs {
 
 // KL divergence of given log-probabilities. Forward where `loss` or `output` is set, backward where a gradient is.
 struct PointwiseArgs {
-  Matrix input, target;    // log-probabilities; probabilities or, with log_target, their logarithms
+  Matrix input, target;  // log-probabilities; probabilities or, with log_target, their logarithms
   bool log_target = false;
   int64_t rows = 0, columns = 0;
-  double scale = 1;        // multiplies loss and gradients
-  Output output;         // the terms one by one, for reduction="none"
-  void* loss = nullptr;    // [] acc_t
+  double scale = 1;          // multiplies loss and gradients
+  Output output;             // the terms one by one, for reduction="none"
+  void* loss = nullptr;      // [] acc_t
   void* partials = nullptr;  // scratch of the sum, acc_t: as many as the device asks for
-  Matrix grad_output;      // any strides, also all 0
+  Matrix grad_output;        // any strides, also all 0
   Output grad_input, grad_target;
   Dtype acc_dtype() const {
     return input.dtype == Dtype::kFloat64 || target.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;

@@ -39,7 +39,7 @@ struct Pair {
     return by_larger(splat<T>(if_teacher), splat<T>(if_student));
   }
 
-  KLDIV_HD T ratio() const { return expm1 + 1; }  // smaller / larger
+  KLDIV_HD T ratio() const { return expm1 + 1; }                                   // smaller / larger
   KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio()); }  // p
   KLDIV_HD T student() const { return larger * by_larger(ratio(), splat<T>(1)); }  // q
   // The same column with teacher and student exchanged.
@@ -51,7 +51,7 @@ struct Pair {
 
 // KL(p || q) = sum p (log p - log q) - p + q.
 struct ForwardKL {
-  static constexpr bool kGradQSumsToZero = true;   // sum (q - p) = 0: no need to know it beforehand
+  static constexpr bool kGradQSumsToZero = true;  // sum (q - p) = 0: no need to know it beforehand
   static constexpr bool kGradPSumsToZero = false;
 
   template <typename T>
@@ -117,11 +117,11 @@ struct Jeffreys {
 // comes to be one of the two: relative errors grow as 1 / share of the other in jsd, as its square in a skew KL.
 template <typename T>
 struct Mixture {
-  T larger_share, smaller_share;  // how much m holds of the larger and of the smaller probability
-  T log;           // log(m / larger)
-  T kl_larger;     // of larger || m: larger log(larger / m) - larger + m
-  T kl_smaller;    // of smaller || m
-  T smaller_gap;   // smaller * log(m / smaller)
+  T larger_share, smaller_share;          // how much m holds of the larger and of the smaller probability
+  T log;                                  // log(m / larger)
+  T kl_larger;                            // of larger || m: larger log(larger / m) - larger + m
+  T kl_smaller;                           // of smaller || m
+  T smaller_gap;                          // smaller * log(m / smaller)
   T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
 
   KLDIV_HD Mixture(const Pair<T>& x, double share_of_teacher) {
@@ -263,29 +263,29 @@ struct Zero {
 };
 
 // The table: name, the name of its parameter ("" for none), the struct, and what it is at parameter 0 and 1.
-#define KLDIV_DIVERGENCES(ROW)                                                \
-  ROW("forward_kl", "", ForwardKL{}, ForwardKL{}, ForwardKL{})                \
-  ROW("reverse_kl", "", ReverseKL{}, ReverseKL{}, ReverseKL{})                \
-  ROW("jeffreys", "", Jeffreys{}, Jeffreys{}, Jeffreys{})                     \
-  ROW("jsd", "beta", JensenShannon{parameter}, ForwardKL{}, ReverseKL{})      \
-  ROW("skew_forward_kl", "skew", SkewForwardKL{parameter}, ForwardKL{}, Zero{}) \
-  ROW("skew_reverse_kl", "skew", SkewReverseKL{{parameter}}, ReverseKL{}, Zero{}) \
+#define KLDIV_DIVERGENCES(ROW)                                                     \
+  ROW("forward_kl", "", ForwardKL{}, ForwardKL{}, ForwardKL{})                     \
+  ROW("reverse_kl", "", ReverseKL{}, ReverseKL{}, ReverseKL{})                     \
+  ROW("jeffreys", "", Jeffreys{}, Jeffreys{}, Jeffreys{})                          \
+  ROW("jsd", "beta", JensenShannon{parameter}, ForwardKL{}, ReverseKL{})           \
+  ROW("skew_forward_kl", "skew", SkewForwardKL{parameter}, ForwardKL{}, Zero{})    \
+  ROW("skew_reverse_kl", "skew", SkewReverseKL{{parameter}}, ReverseKL{}, Zero{})  \
   ROW("total_variation", "", TotalVariation{}, TotalVariation{}, TotalVariation{}) \
   ROW("alpha", "alpha", Alpha{parameter}, ReverseKL{}, ForwardKL{})
 
 // Calls function(divergence) with the struct of that name; false if there is none.
 template <typename Function>
 bool dispatch_divergence(std::string_view name, double parameter, const Function& function) {
-#define KLDIV_CASE(NAME, PARAMETER, STRUCT, AT_ZERO, AT_ONE)                        \
-  if (name == NAME) {                                                               \
-    if (parameter == 0) {                                                           \
-      function(AT_ZERO);                                                            \
-    } else if (parameter == 1) {                                                    \
-      function(AT_ONE);                                                             \
-    } else {                                                                        \
-      function(STRUCT);                                                             \
-    }                                                                               \
-    return true;                                                                    \
+#define KLDIV_CASE(NAME, PARAMETER, STRUCT, AT_ZERO, AT_ONE) \
+  if (name == NAME) {                                        \
+    if (parameter == 0) {                                    \
+      function(AT_ZERO);                                     \
+    } else if (parameter == 1) {                             \
+      function(AT_ONE);                                      \
+    } else {                                                 \
+      function(STRUCT);                                      \
+    }                                                        \
+    return true;                                             \
   }
   KLDIV_DIVERGENCES(KLDIV_CASE)
 #undef KLDIV_CASE

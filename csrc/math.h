@@ -2,9 +2,9 @@
 // small differences that the divergences need (gap + expm1(-gap), y - log1p(y)) to full relative accuracy.
 //
 // T is a scalar or a SIMD vector; conditions are written with ?: because it selects lane by lane on both.
-// Relative errors (tests/test_math.py measures them against mpmath): 4e-7 in float and 1e-15 in double. exp and exp_any,
-// which round x log2(e) first, eps |x| on top; Log1p's shortfall above 0: 1e-6 and 2e-15. Nothing here needs or
-// survives -ffast-math.
+// Relative errors (tests/test_math.py measures them against mpmath): 4e-7 in float and 1e-15 in double. exp and
+// exp_any, which round x log2(e) first, eps |x| on top; Log1p's shortfall above 0: 1e-6 and 2e-15. Nothing here needs
+// or survives -ffast-math.
 #pragma once
 
 #include "platform.h"
@@ -36,13 +36,13 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int kMantissaBits = 23;
-  static constexpr int32_t kOne = 0x3f800000;       // bits of 1.0f
+  static constexpr int32_t kOne = 0x3f800000;  // bits of 1.0f
   static constexpr int32_t kAllButSign = 0x7fffffff;
   static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2)
   static constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kSmallestExponent = -126;  // of a normal number
   static constexpr float kLargestExponent = 127;
-  static constexpr float kTiny = 1.17549435e-38f;   // smallest normal number
+  static constexpr float kTiny = 1.17549435e-38f;  // smallest normal number
 };
 template <>
 struct Format<double> {
@@ -241,7 +241,7 @@ struct Decay {
     const T x = maximum(-gap, splat<T>(F::kSmallestExponent * static_cast<Scalar<T>>(kLn2)));
     const T rounded = x * static_cast<Scalar<T>>(kLog2E) + F::kRound;
     const T f = x - (rounded - F::kRound) * static_cast<Scalar<T>>(kLn2);
-    const T scale = power_of_two(rounded);  // 2^k
+    const T scale = power_of_two(rounded);           // 2^k
     const T tail = f * f * polynomial::exp_tail(f);  // e^f - 1 - f
     const T drop = scale - 1;
     expm1 = scale * (f + tail) + drop;

@@ -116,8 +116,8 @@ Tensor new_gradient(const Tensor& input, bool wanted) {
 
 inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
                                           const std::optional<Tensor>& row_scale, double scale,
-                                          const std::string& reduction, const std::string& divergence,
-                                          double parameter, double temperature) {
+                                          const std::string& reduction, const std::string& divergence, double parameter,
+                                          double temperature) {
   check_pair(op, student, teacher);
   DistillationArgs args;
   args.student = matrix(student);
@@ -241,8 +241,7 @@ Tensor kl_div(Tensor input, Tensor target, std::string reduction, bool log_targe
 
 template <typename Device>
 std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Tensor> input, Tensor target,
-                                           std::string reduction, bool log_target, bool grad_input,
-                                           bool grad_target) {
+                                           std::string reduction, bool log_target, bool grad_input, bool grad_target) {
   const char* op = "kl_div_backward";
   PointwiseArgs args = pointwise_args(target, reduction, log_target);
   bool contiguous = target.is_contiguous();
@@ -271,11 +270,11 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
 }
 
 // Inside STABLE_TORCH_LIBRARY_IMPL: every operator, for one device.
-#define KLDIV_REGISTER_OPERATORS(m, Device)                                                          \
-  m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                       \
-  m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>));     \
-  m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                             \
-  m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                             \
+#define KLDIV_REGISTER_OPERATORS(m, Device)                                                      \
+  m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                   \
+  m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>)); \
+  m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                         \
+  m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                         \
   m.impl("kl_div_backward", TORCH_BOX(&::kldiv::kl_div_backward<Device>))
 
 }  // namespace kldiv

@@ -31,16 +31,17 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
 
 // kldiv_ext._C.divergences: {name: name of its parameter or ""}; kldiv_ext._C.cpu_isa: what the CPU kernels use.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   PyObject* table = PyDict_New();
   bool ok = module != nullptr && table != nullptr;
-#define KLDIV_ROW(NAME, PARAMETER, ...)                                      \
+#define KLDIV_ROW(NAME, PARAMETER, ...)                                       \
   if (PyObject* parameter = ok ? PyUnicode_FromString(PARAMETER) : nullptr) { \
-    ok = PyDict_SetItemString(table, NAME, parameter) == 0;                  \
-    Py_DECREF(parameter);                                                    \
-  } else {                                                                   \
-    ok = false;                                                              \
+    ok = PyDict_SetItemString(table, NAME, parameter) == 0;                   \
+    Py_DECREF(parameter);                                                     \
+  } else {                                                                    \
+    ok = false;                                                               \
   }
   KLDIV_DIVERGENCES(KLDIV_ROW)
 #undef KLDIV_ROW

@@ -21,8 +21,8 @@ struct LogSumExp {
     LogSumExp both;
     both.max = maximum(max, other.max);
     const acc_t offset = both.offset();
-    both.sum = sum * exp((max - offset) * inverse_temperature) +
-               other.sum * exp((other.max - offset) * inverse_temperature);
+    both.sum =
+        sum * exp((max - offset) * inverse_temperature) + other.sum * exp((other.max - offset) * inverse_temperature);
     return both;
   }
 };
@@ -52,7 +52,7 @@ struct RowConstants {
   static constexpr int kCount = 7;
   acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
   acc_t student_max, student_log2_sum;
-  acc_t shift;                          // log p - log q = (t - s) / T - shift
+  acc_t shift;  // log p - log q = (t - s) / T - shift
   acc_t sum_grad_q, sum_grad_p;
 
   RowConstants() = default;

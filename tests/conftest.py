@@ -24,7 +24,10 @@ def no_cuda_reason() -> str:
     return _library.cuda_missing_reason
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(bool(no_cuda_reason()), reason=no_cuda_reason() or "-"))])
+NO_CUDA = pytest.mark.skipif(no_cuda_reason() != "", reason=no_cuda_reason())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
 def device(request: pytest.FixtureRequest) -> str:
     """Every device that the kernels exist for."""
     return request.param

@@ -1,4 +1,4 @@
-"""Shared by the tests: input makers, the tables of cases, the one table of tolerances, and the comparison with the oracle."""
+"""Shared by the tests: tables of cases and of tolerances, input makers, and the comparison with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -140,9 +140,7 @@ def run(
     **options: Any,
 ) -> Result:
     """The loss and its gradients, on leaves that share the storage and the strides of the arguments."""
-    student, teacher = (
-        t.detach().requires_grad_(w) for t, w in zip((student, teacher), wanted, strict=True)
-    )
+    student, teacher = (t.detach().requires_grad_(w) for t, w in zip((student, teacher), wanted, strict=True))
     loss = function(student, teacher, *args, **options)
     if any(wanted):
         grad = torch.as_tensor(grad_output, dtype=loss.dtype, device=loss.device).expand(loss.shape)
@@ -207,6 +205,13 @@ def check(
             assert value.dtype == like.dtype and value.device == like.device
             assert_gradients_close(value, expected, floor)
     return ours
+
+
+def need_isa(isa: str) -> None:
+    """Skip where this machine cannot run that instruction set."""
+    runs = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}
+    if isa not in runs.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
+        pytest.skip(f"this machine has no {isa}")
 
 
 def cases(table: dict[str, Any]) -> Any:

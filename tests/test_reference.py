@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DIVERGENCES, ENDPOINTS, TERMS, Divergence, make_pair
 from torch.distributions import Categorical
 from torch.distributions.kl import kl_divergence
 from torch.testing import assert_close
@@ -17,7 +18,6 @@ from torch.testing import assert_close
 import kldiv_ext
 from kldiv_ext import reference
 from kldiv_ext._library import DIVERGENCES as PARAMETER_NAMES
-from oracle import DIVERGENCES, ENDPOINTS, TERMS, Divergence, make_pair
 
 # A reference value is right to rounding, whose size is that of its largest terms.
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -65,7 +65,8 @@ def test_against_mpmath(divergence: Divergence) -> None:
                 scaled = [mpmath.mpf(z) / temperature for z in row.tolist()]
                 log_sum = mpmath.log(mpmath.fsum(mpmath.exp(z) for z in scaled))
                 rows.append([z - log_sum for z in scaled])
-            expected = mpmath.fsum(TERMS[divergence.name](lp, lq, divergence.parameter) for lp, lq in zip(*rows, strict=True))
+            term, parameter = TERMS[divergence.name], divergence.parameter
+            expected = mpmath.fsum(term(lp, lq, parameter) for lp, lq in zip(*rows, strict=True))
         result = reference.distillation_loss(student, teacher, **divergence.options, temperature=temperature)
         assert_close(result.item(), float(expected), **EXACT)
 

@@ -230,7 +230,7 @@ class RowWalk {
     const acc_t factor = scale * inverse_temperature_ + 0 * constants->shift;
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        sums_[chunk] = !together  ? pass<true, false, true>(row, chunk, *constants, factor)
+        sums_[chunk] = !together ? pass<true, false, true>(row, chunk, *constants, factor)
                        : teacher ? pass<true, true, true>(row, chunk, *constants, factor)
                                  : pass<true, true, false>(row, chunk, *constants, factor);
       });
@@ -246,12 +246,12 @@ class RowWalk {
         return;
       }
       if (student && !Divergence::kGradQSumsToZero) {
-        finish_side(row, chunk, args_.student, args_.grad_student, constants->student_max,
-                    constants->student_log2_sum, constants->sum_grad_q, factor);
+        finish_side(row, chunk, args_.student, args_.grad_student, constants->student_max, constants->student_log2_sum,
+                    constants->sum_grad_q, factor);
       }
       if (teacher && !Divergence::kGradPSumsToZero) {
-        finish_side(row, chunk, args_.teacher, args_.grad_teacher, constants->teacher_max,
-                    constants->teacher_log2_sum, constants->sum_grad_p, factor);
+        finish_side(row, chunk, args_.teacher, args_.grad_teacher, constants->teacher_max, constants->teacher_log2_sum,
+                    constants->sum_grad_p, factor);
       }
     });
   }
@@ -402,8 +402,7 @@ acc_t pointwise_chunk(const PointwiseArgs& args, int64_t row, int64_t begin, int
   };
   write(args.output, [&](int i) { return KL::term(load(input + i), load(target + i)) * scale; });
   if (args.grad_output.data) {
-    const acc_t* grad =
-        stage(args.grad_output, args.grad_output.layout.offset(row), begin, n, acc_t(0), grad_buffer);
+    const acc_t* grad = stage(args.grad_output, args.grad_output.layout.offset(row), begin, n, acc_t(0), grad_buffer);
     const auto product = [&](int i, V slope) {  // a zero slope stays 0 whatever comes in
       return slope == 0 ? V{} : load(grad + i) * scale * slope;
     };
@@ -445,9 +444,8 @@ inline void pointwise(const PointwiseArgs& args, const Threads& threads) {
 
 inline void scale(const ScaleArgs& args, const Threads& threads) {
   double factor = 1;
-  dispatch_dtype(args.factor_dtype, [&](auto type) {
-    factor = widen<double>(*static_cast<const decltype(type)*>(args.factor));
-  });
+  dispatch_dtype(args.factor_dtype,
+                 [&](auto type) { factor = widen<double>(*static_cast<const decltype(type)*>(args.factor)); });
   if (factor == 1) return;
   dispatch_dtype(args.gradient.dtype, [&](auto type) {
     using scalar_t = decltype(type);
@@ -466,4 +464,4 @@ inline void scale(const ScaleArgs& args, const Threads& threads) {
 }  // namespace kldiv::cpu
 
 #define KLDIV_KERNELS(name) \
-  { name, ::kldiv::cpu::KLDIV_ISA::distillation, ::kldiv::cpu::KLDIV_ISA::pointwise, ::kldiv::cpu::KLDIV_ISA::scale }
+  {name, ::kldiv::cpu::KLDIV_ISA::distillation, ::kldiv::cpu::KLDIV_ISA::pointwise, ::kldiv::cpu::KLDIV_ISA::scale}

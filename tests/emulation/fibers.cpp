@@ -1,6 +1,8 @@
 // The scheduler of fibers.h.
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for an error
 #include "fibers.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -11,6 +13,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -29,12 +32,27 @@ struct Stack {
 
 struct Fiber {
   State state = kReady;
-  ucontext_t context{};
+  bool started = false;
+  jmp_buf point;  // where it waits
   Stack stack;
   void* value = nullptr;  // of the shuffle it waits in
   size_t size = 0;
   int lanes = 0;
 };
+
+// Leaves a stack at `here` for one that waits at `there`. swapcontext would ask the kernel for the signal mask each
+// time.
+void jump(jmp_buf& here, jmp_buf& there) {
+  if (_setjmp(here) == 0) _longjmp(there, 1);
+}
+void begin(jmp_buf& here, const Stack& stack, void (*function)()) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack.bytes.get();
+  context.uc_stack.ss_size = Stack::kBytes;
+  makecontext(&context, function, 0);
+  if (_setjmp(here) == 0) setcontext(&context);
+}
 
 // Tells the address sanitizer that execution moves to another stack. `kept` belongs to the stack that is left; null
 // where nobody comes back to it.
@@ -78,7 +96,7 @@ class Machine {
     fiber.state = state;
     void* kept = nullptr;
     announce_switch(state == kFinished ? nullptr : &kept, main_stack_, main_stack_size_);
-    swapcontext(&fiber.context, &main_);
+    jump(fiber.point, main_);
     finish_switch(kept, &main_stack_, &main_stack_size_);
   }
 
@@ -116,10 +134,7 @@ class Machine {
     for (int thread = 0; thread < position_.threads; ++thread) {
       Fiber& fiber = *fibers_[thread];
       fiber.state = kReady;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.bytes.get();
-      fiber.context.uc_stack.ss_size = Stack::kBytes;
-      makecontext(&fiber.context, &Machine::enter, 0);
+      fiber.started = false;
     }
     while (true) {
       for (const int64_t warp : ordered(position_.threads / kWarp)) {
@@ -152,7 +167,11 @@ class Machine {
     position_.thread = thread;
     void* kept = nullptr;
     announce_switch(&kept, fiber.stack.bytes.get(), Stack::kBytes);
-    swapcontext(&main_, &fiber.context);
+    if (std::exchange(fiber.started, true)) {
+      jump(main_, fiber.point);
+    } else {
+      begin(main_, fiber.stack, &Machine::enter);
+    }
     finish_switch(kept, nullptr, nullptr);
     if (failure_) {
       throw std::runtime_error("thread " + std::to_string(thread) + " of block " + std::to_string(position_.block) +
@@ -192,7 +211,7 @@ class Machine {
   std::map<const void*, std::vector<unsigned char>> shared_;
   Fiber* running_ = nullptr;
   const char* failure_ = nullptr;
-  ucontext_t main_{};
+  jmp_buf main_;
   const void* main_stack_ = nullptr;
   size_t main_stack_size_ = 0;
 };

@@ -68,12 +68,14 @@ RowConstants<S> normalised() {
 template <typename T>
 void bind(py::module_ m) {
   using S = Scalar<T>;
-#define KLDIV_UNARY(NAME, ...)                                               \
-  m.def(#NAME, [](const Array<T>& array) {                                   \
-    return map<T, 1>(array.size(), [&](int64_t i) {                          \
-      const T x = read<T>(array, i);                                         \
-      return std::array<T, 1>{__VA_ARGS__};                                  \
-    })[0].template cast<py::object>();                                       \
+#define KLDIV_UNARY(NAME, ...)                               \
+  m.def(#NAME, [](const Array<T>& array) {                   \
+    return map<T, 1>(array.size(),                           \
+                     [&](int64_t i) {                        \
+                       const T x = read<T>(array, i);        \
+                       return std::array<T, 1>{__VA_ARGS__}; \
+                     })[0]                                   \
+        .template cast<py::object>();                        \
   })
   KLDIV_UNARY(exp, kldiv::exp(x));
   KLDIV_UNARY(exp2, kldiv::exp2(x));
