@@ -542,8 +542,8 @@ def test_gradient_penalty(device: str, dtype: torch.dtype) -> None:
             assert ((value.double() - other).norm() / other.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_one_tensor_twice(device: str) -> None:
-    """A tensor that is student and teacher at once gets the sum of two gradients, also from plain operators."""
+def test_one_leaf_behind_both_sides(device: str) -> None:
+    """It gets the sum of two gradients, also from plain operators."""
     (same,) = pair(3, 5, dtype=torch.float64, device=device)[:1]
     function = lambda s: distillation_loss(s, s * 2, divergence="jsd", reduction="sum")  # noqa: E731
     assert torch.autograd.gradcheck(function, same.requires_grad_())

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,21 +42,22 @@ def build(folder: Path, sources: Sequence[Path], name: str, flags: Sequence[str]
     content = hashlib.sha256(repr(command).encode())
     for path in sorted({*sources, *CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *HERE.glob("*.h")}):
         content.update(path.read_bytes())
-    target = folder / content.hexdigest()[:16] / name
+    target = folder / f"{content.hexdigest()[:16]}-{name}"
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
-    def compiled(source: Path) -> Path:
-        out = target.with_name(source.name + ".o")
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)
-        return out
+        def compiled(source: Path) -> str:
+            out = f"{scratch}/{source.name}.o"
+            subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", out], check=True)
+            return out
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
-    unfinished = target.with_suffix(f".{os.getpid()}")  # another process may be at the same
-    subprocess.run([*command, *map(str, objects), "-o", str(unfinished)], check=True)
-    return unfinished.replace(target)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, sources))
+        subprocess.run([*command, *objects, "-o", f"{scratch}/{name}"], check=True)
+        for stale in folder.glob(f"*-{name}"):
+            stale.unlink()
+        return Path(scratch, name).replace(target)
 
 
 # ---------------------------------------------------------------- the arguments of csrc/args.h

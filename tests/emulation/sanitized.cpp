@@ -81,7 +81,6 @@ void distil(Dtype student_dtype, Dtype teacher_dtype, int64_t columns, int64_t o
   const Buffer constants(acc, rows * RowConstants<float>::kCount), row_loss(acc, rows), loss(acc, 1);
   const Buffer grad_student(student_dtype, rows * columns, offset), grad_teacher(teacher_dtype, rows * columns, offset);
   args.row_constants = constants.data();
-  args.divergence = "jsd";
   args.parameter = 0.3;
   for (const char* divergence : {"forward_kl", "skew_reverse_kl"}) {
     args.divergence = divergence;
