@@ -196,7 +196,7 @@ def plot(results: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    (results / "plots").mkdir(exist_ok=True)
+    (results / "plots").mkdir(parents=True, exist_ok=True)
     written = []
     for device, name in DEVICES.items():
         for select, field in ((_divergences_backward, "ratio"), (_summary_backward, "share")):
