@@ -86,7 +86,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 DEFINES = [("TORCH_TARGET_VERSION", MINIMUM_TORCH)]
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xptxas=-v"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xptxas=-v", "-Xfatbin=-compress-all"]
 
 
 def sources(*patterns: str) -> list[str]:

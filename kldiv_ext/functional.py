@@ -229,6 +229,8 @@ def distillation_loss(
     if plain_needed(student_logits, teacher_logits):
         loss = plain_distillation_loss(student_logits, teacher_logits, row_scale, options)
     else:
+        if not torch.is_grad_enabled():  # or the Function would make gradients that nobody can ask for
+            student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
         loss = DistillationLoss.apply(student_logits, teacher_logits, row_scale, options)  # type: ignore[no-untyped-call]
     return loss.reshape(batch) if reduction == "none" else loss
 

@@ -751,3 +751,20 @@ def test_results_are_plain_tensors(device: str) -> None:
     loss = distillation_loss(torch.nn.Parameter(student), teacher)
     assert type(loss) is Tensor and loss.grad_fn is not None
     assert_equal(pickle.loads(pickle.dumps(loss.detach())), loss.detach())
+
+
+def test_no_gradient_is_made_without_grad_mode(device: str) -> None:
+    student = torch.randn(3, 5, device=device, requires_grad=True)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.kldiv_ext.distillation_loss.default:
+                made.append(result[2].numel())
+            return result
+
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Watch():
+            kldiv_ext.distillation_loss(student, torch.randn(3, 5, device=device))
+    assert made == [15, 0]

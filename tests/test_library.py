@@ -137,6 +137,9 @@ def test_reasons_for_missing_cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "built without CUDA kernels" in _library._load_cuda()
     (tmp_path / "_C_cuda.abi3.so").write_text("not an object")
+    monkeypatch.setattr(_library._build_info, "cuda_version", "12.8")
+    assert "built with CUDA 12.8" in _library._load_cuda()
+    monkeypatch.setattr(_library._build_info, "cuda_version", "13.1")
     assert _library._load_cuda().startswith("_C_cuda.abi3.so does not load: ")
 
 
