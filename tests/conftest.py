@@ -1,5 +1,10 @@
 """What every test shares: devices, the --slow option, fixed seeds."""
 
+import os
+
+# Before torch starts its threads: those that wait must not spin, or a busy machine makes every small test wait too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

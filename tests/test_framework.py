@@ -134,7 +134,7 @@ def kl_div_arguments(device: str) -> Iterator[tuple[Any, ...]]:
         ((ROWS, COLUMNS), torch.float32, torch.float32, "none", True),
         ((7,), torch.bfloat16, torch.bfloat16, "batchmean", False),
         ((2, 3, 5), torch.float16, torch.float64, "mean", True),
-        ((2, 3, 5), torch.float64, torch.bfloat16, "none", False),
+        ((2, 3, 5), torch.bfloat16, torch.float64, "none", False),
     ):
         target = logits(*shape, dtype=target_dtype, device=device, seed=1)
         yield logits(*shape, dtype=dtype, device=device), target if log_target else target.exp(), reduction, log_target
@@ -725,6 +725,21 @@ def test_plain_operators_keep_the_rules(device: str, divergence: str) -> None:
         broken = expected.isnan().any(-1)
         assert torch.equal(ours.isnan().any(-1), broken)
         assert_close(ours[~broken], expected[~broken])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_plain_operators_compute_what_kernels_do(device: str, reduction: str) -> None:
+    """Every option that ends in an operator's arguments, for more than one leading dimension and for none."""
+    options = itertools.product(DIVERGENCES, ((2, 3, 5), (5,)), (False, True))
+    for divergence, shape, masked in options:
+        arguments: dict[str, Any] = {"divergence": divergence, "reduction": reduction, "temperature": 2.0}
+        arguments["scale_by_temperature_squared"] = masked
+        if masked:
+            arguments["weight"] = logits(*shape, dtype=torch.float64, device=device, seed=2)[..., 0].clamp(min=0)
+        function = functools.partial(distillation_loss, **arguments)
+        tensors = pair(*shape, dtype=torch.float64, device=device)
+        plain, pull = vjp(function, *tensors)
+        assert_close([plain, *pull(torch.ones_like(plain))], run(function, *tensors))
 
 
 # ---------------------------------------------------------------- modules
