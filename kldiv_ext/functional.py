@@ -82,7 +82,7 @@ def _kl_div_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     if (input.dim() == 0) != (target.dim() == 0):
         dtype = input.dtype if input.dim() > 0 else target.dtype
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast to ask for
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype
 
