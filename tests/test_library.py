@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
@@ -60,6 +61,25 @@ def test_objects_need_nothing_of_libtorch_but_its_stable_abi(path: Path) -> None
     assert any(symbol.startswith("aoti_torch_") for symbol in needed), "nm shows no symbols"
     assert [symbol for symbol in needed if re.search(r"\b(c10|at|torch|caffe2)::", symbol)] == []
     assert [symbol for symbol in needed if symbol.startswith("cuda")] == [] or path.name == "_C_cuda.abi3.so"
+
+
+def cuobjdump() -> str | None:
+    """Of the CUDA toolkit, or the one that torch's Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(p) / "backends/nvidia/bin" for p in (triton and triton.submodule_search_locations) or []]
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
+
+
+@pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason="built without CUDA kernels")
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+def test_cuda_kernels_keep_everything_in_registers() -> None:
+    """A stack would hold what was spilled, or an array that is indexed at run time."""
+    tool = cuobjdump()
+    assert tool is not None
+    listed = subprocess.check_output([tool, "--dump-resource-usage", PACKAGE / "_C_cuda.abi3.so"], text=True)
+    kernels = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", listed)
+    assert any("distil_rows" in name for name, *_ in kernels)
+    assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
 
 
 # ---------------------------------------------------------------- import

@@ -14,11 +14,11 @@ KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Grou
   LogSumExp<acc_t> both;
   both.max = state.max;
   KLDIV_UNROLL
-  for (int i = 0; i < kGroup; ++i) both.max = maximum(both.max, group.x[i]);
+  for (int i = 0; i < kGroup<acc_t>; ++i) both.max = maximum(both.max, group.x[i]);
   const acc_t offset = both.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   KLDIV_UNROLL
-  for (int i = 0; i < kGroup; ++i) both.sum += exp2((group.x[i] - offset) * per_bit);
+  for (int i = 0; i < kGroup<acc_t>; ++i) both.sum += exp2((group.x[i] - offset) * per_bit);
   both.sum += state.sum * exp2((state.max - offset) * per_bit);
   return both;
 }
@@ -35,7 +35,7 @@ struct Columns {
   KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     RowSums<acc_t> sums;
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sums.term += divergence.term(x);
       if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += divergence.grad_q(x);
@@ -50,7 +50,7 @@ struct Columns {
     static_assert(Divergence::kGradQSumsToZero);
     acc_t sum = 0;
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sum += divergence.term(x);
       gradient.x[i] = divergence.grad_q(x) * factor;
@@ -60,30 +60,32 @@ struct Columns {
 
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
-    Group<acc_t> gradient;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i);
-      acc_t g = divergence.grad_q(x);
-      if constexpr (!Divergence::kGradQSumsToZero) g = g - x.student() * row.sum_grad_q;
-      gradient.x[i] = g * factor;
-    }
-    return gradient;
+    return gradient<Divergence::kGradQSumsToZero>(
+        teacher, student, row.sum_grad_q, [&](const auto& x) { return divergence.grad_q(x); },
+        [](const auto& x) { return x.student(); });
   }
-
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
-    Group<acc_t> gradient;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i);
-      acc_t g = divergence.grad_p(x);
-      if constexpr (!Divergence::kGradPSumsToZero) g = g - x.teacher() * row.sum_grad_p;
-      gradient.x[i] = g * factor;
-    }
-    return gradient;
+    return gradient<Divergence::kGradPSumsToZero>(
+        teacher, student, row.sum_grad_p, [&](const auto& x) { return divergence.grad_p(x); },
+        [](const auto& x) { return x.teacher(); });
   }
 
  private:
+  // The softmax Jacobian of one side: its derivative less its probability's share of the derivatives' sum.
+  template <bool kSumsToZero, typename Derivative, typename Probability>
+  KLDIV_DEVICE Group<acc_t> gradient(const Group<acc_t>& teacher, const Group<acc_t>& student, acc_t sum,
+                                     const Derivative& derivative, const Probability& probability) const {
+    Group<acc_t> gradient;
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i);
+      acc_t g = derivative(x);
+      if constexpr (!kSumsToZero) g = g - probability(x) * sum;
+      gradient.x[i] = g * factor;
+    }
+    return gradient;
+  }
+
   KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
     return make_pair(teacher.x[i], student.x[i], row, inverse_temperature);
   }

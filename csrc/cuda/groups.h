@@ -1,4 +1,4 @@
-// A group: eight consecutive elements, what a thread takes at a time, and how groups are read and written. Which
+// A group: consecutive elements, what a thread takes at a time, and how groups are read and written. Which
 // elements are one group is a matter of their index alone; where they lie only decides how they are fetched.
 #pragma once
 
@@ -10,11 +10,13 @@
 
 namespace kldiv::cuda {
 
-constexpr int kGroup = 8;
+// Two accesses of 16 bytes in acc_t.
+template <typename acc_t>
+constexpr int kGroup = 32 / sizeof(acc_t);
 
 template <typename acc_t>
 struct Group {
-  acc_t x[kGroup];
+  acc_t x[kGroup<acc_t>];
 };
 
 // What a storage type is computed in.
@@ -26,7 +28,7 @@ enum class Use { kAgain, kOnce };
 
 template <typename scalar_t>
 KLDIV_DEVICE bool in_16_byte_steps(const scalar_t* data, int n) {
-  return n >= kGroup && reinterpret_cast<uintptr_t>(data) % sizeof(device::Bytes16) == 0;
+  return n >= kGroup<AccOf<scalar_t>> && reinterpret_cast<uintptr_t>(data) % sizeof(device::Bytes16) == 0;
 }
 
 // The n elements from `data` on, filled up to a group with `padding`.
@@ -37,7 +39,7 @@ KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int n, AccO
   Group<acc_t> group;
   if (in_16_byte_steps(data, n)) {
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; i += kStep) {
+    for (int i = 0; i < kGroup<acc_t>; i += kStep) {
       const auto bytes = use == Use::kOnce ? device::load16_once(data + i) : device::load16(data + i);
       scalar_t values[kStep];
       __builtin_memcpy(values, &bytes, sizeof(bytes));
@@ -46,7 +48,7 @@ KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int n, AccO
     }
   } else {
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(data[i]) : padding;
+    for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = i < n ? widen<acc_t>(data[i]) : padding;
   }
   return group;
 }
@@ -54,10 +56,11 @@ KLDIV_DEVICE Group<AccOf<scalar_t>> load_group(const scalar_t* data, int n, AccO
 // Writes the first n elements of a group.
 template <typename scalar_t>
 KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>>& group) {
+  constexpr int kSize = kGroup<AccOf<scalar_t>>;
   constexpr int kStep = sizeof(device::Bytes16) / sizeof(scalar_t);
   if (in_16_byte_steps(data, n)) {
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; i += kStep) {
+    for (int i = 0; i < kSize; i += kStep) {
       scalar_t values[kStep];
       KLDIV_UNROLL
       for (int j = 0; j < kStep; ++j) values[j] = narrow<scalar_t>(group.x[i + j]);
@@ -67,7 +70,7 @@ KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>
     }
   } else {
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       if (i < n) data[i] = narrow<scalar_t>(group.x[i]);
     }
   }
@@ -103,7 +106,7 @@ KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t o
   dispatch_dtype(dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(data) + offset;
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
+    for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
   });
   return group;
 }
@@ -113,7 +116,7 @@ KLDIV_DEVICE_CALL void store_any(void* data, Dtype dtype, int64_t offset, int n,
   dispatch_dtype(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(data) + offset;
     KLDIV_UNROLL
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
       if (i < n) to[i] = narrow<decltype(type)>(group.x[i]);
     }
   });
@@ -144,10 +147,11 @@ class AnySide {
 
 // Calls body(first, n) for every group of `count` elements that falls to this one of `threads` threads. index_t must
 // hold count + kGroup * threads.
-template <typename index_t, typename Body>
+template <typename acc_t, typename index_t, typename Body>
 KLDIV_DEVICE void for_each_group(index_t count, index_t thread, index_t threads, const Body& body) {
-  for (index_t first = thread * kGroup; first < count; first += threads * kGroup) {
-    body(first, count - first < kGroup ? static_cast<int>(count - first) : kGroup);
+  constexpr int kSize = kGroup<acc_t>;
+  for (index_t first = thread * kSize; first < count; first += threads * kSize) {
+    body(first, count - first < kSize ? static_cast<int>(count - first) : kSize);
   }
 }
 

@@ -35,7 +35,8 @@ struct AnyElements {
     int64_t row = first / columns, column = first - row * columns;
     if (column + n <= columns) return within_row(row, column, n);
     Group<acc_t> group;
-    for (int i = 0; i < kGroup; ++i) {
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
       group.x[i] = i < n ? within_row(row, column, 1).x[0] : padding;
       if (++column == columns) {
         column = 0;
@@ -63,7 +64,7 @@ pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
     for (acc_t& x : grad_output.x) x = grad;
   }
   acc_t sum = 0;
-  for_each_group(
+  for_each_group<acc_t>(
       args.rows * args.columns, device::block() * device::threads() + device::thread(),
       device::blocks() * device::threads(), [&](int64_t first, int n) {
         const auto load = [&](const Matrix& matrix, acc_t padding) {
@@ -72,7 +73,7 @@ pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
         const auto store = [&](const Output& output, const auto& value) {
           Group<acc_t> group;
           KLDIV_UNROLL
-          for (int i = 0; i < kGroup; ++i) group.x[i] = value(i);
+          for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = value(i);
           Elements::store(output, first, n, group);
         };
         const Group<acc_t> target = load(args.target, kNoTarget);
@@ -80,7 +81,7 @@ pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
         if (args.loss) {
           acc_t of_group = 0;
           KLDIV_UNROLL
-          for (int i = 0; i < kGroup; ++i) of_group += KL::term(input.x[i], target.x[i]);
+          for (int i = 0; i < kGroup<acc_t>; ++i) of_group += KL::term(input.x[i], target.x[i]);
           sum += of_group;
         }
         if (args.output.data) store(args.output, [&](int i) { return KL::term(input.x[i], target.x[i]) * scale; });

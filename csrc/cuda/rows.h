@@ -17,38 +17,31 @@ class RowWalk {
       : args_(args), divergence_(divergence), inverse_temperature_(inverse_temperature) {}
 
   KLDIV_DEVICE void operator()(int64_t row) const {
-    acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
-    auto* saved = static_cast<RowConstants<acc_t>*>(args_.row_constants) + row;
-    const bool first_thread = device::thread() == 0;
+    const bool forward = args_.row_loss != nullptr;
     acc_t scale = static_cast<acc_t>(args_.scale);
     if (args_.row_scale) scale *= static_cast<const acc_t*>(args_.row_scale)[row];
     if (scale == 0) {  // a position that does not count is not read
       fill_zero(args_.grad_student, row);
       fill_zero(args_.grad_teacher, row);
-      if (loss && first_thread) {
-        *loss = 0;
-        *saved = RowConstants<acc_t>();
-      }
+      if (forward) save(row, 0, RowConstants<acc_t>());
       return;
     }
     const Side teacher(args_.teacher, row), student(args_.student, row);
     const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.data;
-    RowConstants<acc_t> constants = loss ? RowConstants<acc_t>(state(teacher, student), inverse_temperature_) : *saved;
+    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student), inverse_temperature_)
+                                            : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
     // 0 * shift makes the whole row NaN where one of its logits is.
     const acc_t factor = scale * inverse_temperature_ + 0 * constants.shift;
     const Columns<acc_t, Divergence> columns{divergence_, constants, inverse_temperature_, factor};
-    if (loss) {
+    if (forward) {
       const RowSums<acc_t> total =
           together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
       constants.set_sums(total);
-      if (first_thread) {
-        *loss = scale * total.term;
-        *saved = constants;
-      }
+      save(row, scale * total.term, constants);
     }
-    if (gradients && !(loss && together)) write_gradients(columns, teacher, student, row);
+    if (gradients && !(forward && together)) write_gradients(columns, teacher, student, row);
   }
 
  private:
@@ -58,7 +51,7 @@ class RowWalk {
   template <Use use, typename Body>
   KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
     constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
-    for_each_group<uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
+    for_each_group<acc_t, uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
       body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
     });
   }
@@ -105,9 +98,15 @@ class RowWalk {
     });
   }
 
+  KLDIV_DEVICE void save(int64_t row, acc_t loss, const RowConstants<acc_t>& constants) const {
+    if (device::thread() > 0) return;
+    static_cast<acc_t*>(args_.row_loss)[row] = loss;
+    static_cast<RowConstants<acc_t>*>(args_.row_constants)[row] = constants;
+  }
+
   KLDIV_DEVICE void fill_zero(const Output& output, int64_t row) const {
     if (output.data == nullptr) return;
-    for_each_group<uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
+    for_each_group<acc_t, uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
       Side::store(output, row * args_.columns + first, n, Group<acc_t>{});
     });
   }

@@ -15,14 +15,14 @@ scale_elements(scalar_t* gradient, int64_t count, const void* factor, Dtype fact
   // Counted from the 16-byte boundary before the gradient, so that all groups but the first lie on one.
   const int ahead =
       static_cast<int>(reinterpret_cast<uintptr_t>(gradient) % sizeof(device::Bytes16) / sizeof(scalar_t));
-  for_each_group(ahead + count, device::block() * device::threads() + device::thread(),
-                 device::blocks() * device::threads(), [&](int64_t first, int n) {
-                   const int skipped = first == 0 ? ahead : 0;
-                   scalar_t* data = gradient + (first + skipped - ahead);
-                   Group<acc_t> group = load_group<Use::kOnce>(data, n - skipped, acc_t(0));
-                   for (acc_t& x : group.x) x *= by;
-                   store_group(data, n - skipped, group);
-                 });
+  for_each_group<acc_t>(ahead + count, device::block() * device::threads() + device::thread(),
+                        device::blocks() * device::threads(), [&](int64_t first, int n) {
+                          const int skipped = first == 0 ? ahead : 0;
+                          scalar_t* data = gradient + (first + skipped - ahead);
+                          Group<acc_t> group = load_group<Use::kOnce>(data, n - skipped, acc_t(0));
+                          for (acc_t& x : group.x) x *= by;
+                          store_group(data, n - skipped, group);
+                        });
 }
 
 }  // namespace
