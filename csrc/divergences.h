@@ -56,9 +56,9 @@ struct ForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), whose first form keeps its
-    // digits at small gaps and whose second does at large ones.
-    const T below = x.gap < 1 ? -x.gap * x.expm1 - x.excess : -x.expm1 - x.finite_gap() * x.ratio();
+    // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), which is q where the gap is large.
+    constexpr auto kLarge = FormatOf<T>::kLargeGap;
+    const T below = -minimum(splat<T>(kLarge), x.gap) * x.expm1 - minimum(splat<T>(kLarge - 1), x.excess);
     return x.larger * x.by_larger(x.excess, below);
   }
   template <typename T>

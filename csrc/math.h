@@ -43,6 +43,7 @@ struct Format<float> {
   static constexpr float kSmallestExponent = -126;  // of a normal number
   static constexpr float kLargestExponent = 127;
   static constexpr float kTiny = 1.17549435e-38f;  // smallest normal number
+  static constexpr float kLargeGap = 20;            // (1 + gap) e^-gap is nothing beside 1
 };
 template <>
 struct Format<double> {
@@ -54,6 +55,7 @@ struct Format<double> {
   static constexpr double kSmallestExponent = -1022;
   static constexpr double kLargestExponent = 1023;
   static constexpr double kTiny = 2.2250738585072014e-308;
+  static constexpr double kLargeGap = 41;
 };
 template <typename T>
 using FormatOf = Format<Scalar<T>>;

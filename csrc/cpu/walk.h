@@ -51,7 +51,7 @@ template <typename acc_t>
 class Sink {
  public:
   acc_t* open(const Output& output, Dtype acc_dtype, int64_t offset, int64_t n) {
-    output_ = &output;
+    output_ = output;
     offset_ = offset;
     n_ = n;
     direct_ = output.dtype == acc_dtype && n % kLanes<acc_t> == 0;
@@ -60,9 +60,9 @@ class Sink {
 
   void commit() const {
     if (direct_) return;
-    dispatch_dtype(output_->dtype, [&](auto type) {
+    dispatch_dtype(output_.dtype, [&](auto type) {
       using scalar_t = decltype(type);
-      scalar_t* out = static_cast<scalar_t*>(output_->data) + offset_;
+      scalar_t* out = static_cast<scalar_t*>(output_.data) + offset_;
       int64_t i = 0;
       for (; i + kLanes<acc_t> <= n_; i += kLanes<acc_t>) store_as(out + i, load(buffer_ + i));
       for (; i < n_; ++i) out[i] = narrow<scalar_t>(buffer_[i]);
@@ -70,7 +70,7 @@ class Sink {
   }
 
  private:
-  const Output* output_;
+  Output output_;
   int64_t offset_, n_;
   bool direct_ = true;
   alignas(64) acc_t buffer_[kChunk];
@@ -138,8 +138,8 @@ LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, P
   return state;
 }
 
-// Phases 2 and 3 over one chunk. kSums: the sums are taken. kStore: gradients are written; together with kSums,
-// before the sums are known, those that need them as bare g_q and g_p, for finish(). kTeacher: also its side.
+// Phases 2 and 3 over one chunk. kSums: the sums are taken. kStore: gradients are written, or, with kSums, while the
+// sums that some of them need are not known, those as bare g_q and g_p, for finish(). kTeacher: also its side.
 template <bool kSums, bool kStore, bool kTeacher, typename acc_t, typename Divergence>
 RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
                         const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
@@ -174,7 +174,7 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
   return {sum_lanes(sums.term), sum_lanes(sums.grad_q), sum_lanes(sums.grad_p)};
 }
 
-// Phase 3 for one side, from the bare derivatives that evaluate() left in the gradient: cheaper than all again.
+// Phase 3 for one side, from the bare derivatives that evaluate() left: cheaper than all again.
 template <typename acc_t>
 void finish(const acc_t* bare, const acc_t* logits, int n, acc_t max, acc_t log2_sum, acc_t inverse_temperature,
             acc_t sum, acc_t factor, acc_t* gradient, Prefetch next) {
@@ -196,7 +196,9 @@ class RowWalk {
         inverse_temperature_(static_cast<acc_t>(1 / args.temperature)),
         chunks_(chunks_of(args.columns)),
         states_(new RowState<acc_t>[chunks_]),
-        sums_(new RowSums<acc_t>[chunks_]) {}
+        sums_(new RowSums<acc_t>[chunks_]),
+        student_(args.grad_student, Divergence::kGradQSumsToZero, args),
+        teacher_(args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
 
   template <typename ForEachChunk>
   void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
@@ -213,12 +215,8 @@ class RowWalk {
       }
       return;
     }
-    const bool student = args_.grad_student.data != nullptr, teacher = args_.grad_teacher.data != nullptr;
-    const bool gradients = student || teacher;
-    // Bare derivatives can wait in a gradient only where it has room for all their digits.
-    const bool roomy = (!student || args_.grad_student.dtype == args_.acc_dtype()) &&
-                       (!teacher || args_.grad_teacher.dtype == args_.acc_dtype());
-    const bool together = loss && gradients && ((Divergence::kGradQSumsToZero && !teacher) || roomy);
+    const bool teacher = teacher_.wanted, gradients = student_.wanted || teacher;
+    const bool together = loss && gradients && student_.can_wait && teacher_.can_wait;
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk); });
       *constants = RowConstants<acc_t>(
@@ -245,18 +243,39 @@ class RowWalk {
                 : pass<false, true, false>(row, chunk, *constants, factor);
         return;
       }
-      if (student && !Divergence::kGradQSumsToZero) {
-        finish_side(row, chunk, args_.student, args_.grad_student, constants->student_max, constants->student_log2_sum,
-                    constants->sum_grad_q, factor);
-      }
-      if (teacher && !Divergence::kGradPSumsToZero) {
-        finish_side(row, chunk, args_.teacher, args_.grad_teacher, constants->teacher_max, constants->teacher_log2_sum,
-                    constants->sum_grad_p, factor);
-      }
+      finish_side(row, chunk, args_.student, student_, constants->student_max, constants->student_log2_sum,
+                  constants->sum_grad_q, factor);
+      finish_side(row, chunk, args_.teacher, teacher_, constants->teacher_max, constants->teacher_log2_sum,
+                  constants->sum_grad_p, factor);
     });
   }
 
  private:
+  // One side's gradient, and where its bare derivatives wait for their sum: in the gradient itself where it has room
+  // for all their digits, else in a row that each thread keeps, unless that would be large.
+  struct Gradient {
+    static constexpr int64_t kLongest = 131072;  // half a megabyte
+
+    Gradient(const Output& output, bool sums_to_zero, const DistillationArgs& args)
+        : output(output), wanted(output.data != nullptr), waits(wanted && !sums_to_zero) {
+      if (!waits || output.dtype == args.acc_dtype()) {
+        bare = output;
+        bare_row_size = args.columns;
+      } else if (args.row_loss && args.columns <= kLongest) {
+        row.reset(new acc_t[args.columns]);
+        bare = {row.get(), args.acc_dtype()};
+      }
+      can_wait = !waits || bare.data;
+    }
+
+    const Output output;
+    const bool wanted, waits;
+    bool can_wait;
+    Output bare;
+    int64_t bare_row_size = 0;
+    std::unique_ptr<acc_t[]> row;
+  };
+
   // One side of a chunk of a row, as acc_t.
   class Chunk {
    public:
@@ -294,15 +313,15 @@ class RowWalk {
   template <bool kSums, bool kStore, bool kTeacher>
   RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, acc_t factor) const {
     const Chunk teacher(args_.teacher, row, index, args_.columns), student(args_.student, row, index, args_.columns);
-    const int64_t offset = row * args_.columns + teacher.begin;
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    if (kStore && args_.grad_student.data) {
-      grad_student = student_sink.open(args_.grad_student, args_.acc_dtype(), offset, teacher.size);
-    }
-    if (kStore && kTeacher) {
-      grad_teacher = teacher_sink.open(args_.grad_teacher, args_.acc_dtype(), offset, teacher.size);
-    }
+    const auto open = [&](Sink<acc_t>& sink, const Gradient& gradient) {
+      return kSums ? sink.open(gradient.bare, args_.acc_dtype(), row * gradient.bare_row_size + teacher.begin,
+                               teacher.size)
+                   : sink.open(gradient.output, args_.acc_dtype(), row * args_.columns + teacher.begin, teacher.size);
+    };
+    if (kStore && student_.wanted) grad_student = open(student_sink, student_);
+    if (kStore && kTeacher) grad_teacher = open(teacher_sink, teacher_);
     const RowSums<acc_t> sums = evaluate<kSums, kStore, kTeacher>(
         divergence_, constants, teacher.data, student.data, teacher.padded_size, inverse_temperature_, factor,
         grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
@@ -312,14 +331,15 @@ class RowWalk {
     return sums;
   }
 
-  void finish_side(int64_t row, int64_t index, const Matrix& logits, const Output& gradient, acc_t max, acc_t log2_sum,
-                   acc_t sum, acc_t factor) const {
+  void finish_side(int64_t row, int64_t index, const Matrix& logits, const Gradient& gradient, acc_t max,
+                   acc_t log2_sum, acc_t sum, acc_t factor) const {
+    if (!gradient.waits) return;
     const Chunk chunk(logits, row, index, args_.columns);
-    const int64_t offset = row * args_.columns + chunk.begin;
     alignas(64) acc_t bare_buffer[kChunk];
-    const acc_t* bare = stage({gradient.data, gradient.dtype, {}}, offset, 0, chunk.size, acc_t(0), bare_buffer);
+    const acc_t* bare = stage({gradient.bare.data, gradient.bare.dtype, {}}, row * gradient.bare_row_size, chunk.begin,
+                              chunk.size, acc_t(0), bare_buffer);
     Sink<acc_t> sink;
-    acc_t* out = sink.open(gradient, args_.acc_dtype(), offset, chunk.size);
+    acc_t* out = sink.open(gradient.output, args_.acc_dtype(), row * args_.columns + chunk.begin, chunk.size);
     finish(bare, chunk.data, chunk.padded_size, max, log2_sum, inverse_temperature_, sum, factor, out,
            prefetch(logits, row + 1, chunk.begin));
     sink.commit();
@@ -331,6 +351,7 @@ class RowWalk {
   const int64_t chunks_;
   const std::unique_ptr<RowState<acc_t>[]> states_;
   const std::unique_ptr<RowSums<acc_t>[]> sums_;
+  const Gradient student_, teacher_;
 };
 
 template <typename acc_t, typename Divergence>
