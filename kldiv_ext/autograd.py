@@ -67,6 +67,16 @@ def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor 
     return (losses if reduction == "none" else losses.sum()).to(dtype)
 
 
+def _run(operator: Any, *args: Any) -> Any:
+    """An operator's kernel, from within a Function: nothing is left for the operator's autograd kernel to do, and on
+    small tensors it would take as long as all else.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """save_for_backward, also of tensors made in inference mode, as a teacher's often are: autograd refuses those, and
     has no need of them, for they have neither history nor version.
@@ -101,7 +111,9 @@ class DistillationLoss(torch.autograd.Function):
             t.dtype != torch.float16 for t, w in zip((student, teacher), wanted, strict=True) if w
         )
         early = [bool(w and ctx.early) for w in wanted]
-        loss, row_constants, *gradients = ops.distillation_loss(student, teacher, row_scale, *options, *early)
+        loss, row_constants, *gradients = _run(
+            ops.distillation_loss.default, student, teacher, row_scale, *options, *early
+        )
         _save(ctx, student, teacher, row_scale, *(gradients if ctx.early else [row_constants]))
         return loss
 
@@ -114,8 +126,15 @@ class DistillationLoss(torch.autograd.Function):
         elif ctx.early:
             computed = [_scaled(g, grad_output) if w else g for g, w in zip(computed, wanted, strict=True)]
         else:
-            computed = ops.distillation_loss_backward(
-                grad_output.contiguous(), student, teacher, *computed, row_scale, *ctx.options, *wanted
+            computed = _run(
+                ops.distillation_loss_backward.default,
+                grad_output.contiguous(),
+                student,
+                teacher,
+                *computed,
+                row_scale,
+                *ctx.options,
+                *wanted,
             )
         return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None
 
@@ -153,7 +172,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
         return (gradient.to(grad_output.dtype) * grad_output).to(gradient.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
-    ops.scale_(gradient, grad_output)
+    _run(ops.scale_.default, gradient, grad_output)
     return gradient
 
 
@@ -166,7 +185,7 @@ class KLDiv(torch.autograd.Function):
         # The input's gradient needs the target alone (and, for its dtype, an input that differs in it).
         keep_input = ctx.needs_input_grad[1] or input.dtype != target.dtype
         _save(ctx, input if keep_input else None, target)
-        return ops.kl_div(input, target, reduction, log_target)
+        return _run(ops.kl_div.default, input, target, reduction, log_target)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,7 +194,7 @@ class KLDiv(torch.autograd.Function):
         if _differentiated(grad_output, input, target):
             gradients = plain_kl_div_backward(grad_output, input, target, *ctx.options, *wanted)
         else:
-            gradients = ops.kl_div_backward(grad_output, input, target, *ctx.options, *wanted)
+            gradients = _run(ops.kl_div_backward.default, grad_output, input, target, *ctx.options, *wanted)
         return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None
 
 
