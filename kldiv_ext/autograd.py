@@ -32,13 +32,7 @@ def plain_needed(*tensors: Tensor | None) -> bool:
     return _transforming() or (not torch.compiler.is_compiling() and _any_tangent(tensors))
 
 
-# Before that a question for transforms breaks the compiler's graph; there the operators' own kernels answer it.
-_COMPILER_SEES_TRANSFORMS = torch.__version__ >= "2.13"  # compared as versions
-
-
 def _transforming() -> bool:
-    if torch.compiler.is_compiling() and not _COMPILER_SEES_TRANSFORMS:
-        return False
     # By type, since to the compiler what is looked up here is never None.
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
