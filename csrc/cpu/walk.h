@@ -371,7 +371,7 @@ void distil_rows(const DistillationArgs& args, const Divergence& divergence, con
     const RowWalk<acc_t, Divergence> walk(args, divergence);
     for (int64_t row = 0; row < args.rows; ++row) {
       walk(row, [&](int64_t chunks, const auto& body) {
-        parallel_for(threads, chunks, 4, [&](int64_t begin, int64_t end) {
+        parallel_for(threads, chunks, 8, [&](int64_t begin, int64_t end) {
           for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
         });
       });
@@ -437,7 +437,7 @@ template <bool kLogTarget, typename acc_t>
 void pointwise_rows(const PointwiseArgs& args, const Threads& threads) {
   const int64_t chunks = chunks_of(args.columns);
   acc_t* partials = static_cast<acc_t*>(args.partials);
-  parallel_for(threads, args.rows * chunks, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, args.rows * chunks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / chunks, first = (i - row * chunks) * kChunk;
       const int64_t n = args.columns - first < kChunk ? args.columns - first : kChunk;
