@@ -38,7 +38,11 @@ from benchmarks.measure import (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("distillation_loss", "kl_div")
 MODES = ("forward", "forward_backward")
-SHAPES = {"cpu": "512x32000,128x128256", "cuda": "4096x32000,4096x128256,64x128256"}
+SMALL_SHAPES = "8x32000,256x1024,8x16"
+SHAPES = {
+    "cpu": f"512x32000,128x128256,{SMALL_SHAPES}",
+    "cuda": f"4096x32000,4096x128256,64x128256,{SMALL_SHAPES}",
+}
 # Fewest bytes per logit pair, in logits: both are read; the gradient is written, and kl_div's
 # backward, a call of its own, reads the target again.
 MINIMUM_TRAFFIC = {
@@ -235,8 +239,12 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in ("torch", "kldiv_ext", "triton", "liger_kernel"):
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "kldiv_ext": kldiv_ext.__version__,
+    }
+    for package in ("torch", "triton", "liger_kernel"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

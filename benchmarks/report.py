@@ -45,6 +45,11 @@ def _is_forward_kl(row: Row) -> bool:
     return (row["op"], row["divergence"]) == ("distillation_loss", "forward_kl")
 
 
+def _is_small(row: Row) -> bool:
+    """So few logits that what a call costs by itself counts."""
+    return int(row["rows"] * row["vocab"]) < 2**20
+
+
 @dataclass(frozen=True)
 class Table:
     """Which rows of a run a table shows, what labels its lines, and what its cells say."""
@@ -57,7 +62,7 @@ class Table:
 
 
 def _summary(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if _is_forward_kl(row)]
+    return [row for row in rows if _is_forward_kl(row) and not _is_small(row)]
 
 
 def _backward(rows: list[Row]) -> list[Row]:
@@ -82,7 +87,11 @@ def _divergences_backward(rows: list[Row]) -> list[Row]:
 
 
 def _kl_div(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["op"] == "kl_div"]
+    return [row for row in rows if row["op"] == "kl_div" and not _is_small(row)]
+
+
+def _small(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if _is_small(row) and row["dtype"] == "float32"]
 
 
 def _setting(row: Row) -> tuple[int, int, str]:
@@ -95,6 +104,7 @@ TABLES = {
     "summary": Table(_summary, ("shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
     "divergences": Table(_divergences, ("divergence", "shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
     "kl_div": Table(_kl_div, ("divergence", "shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
+    "small": Table(_small, ("divergence", "shape", "dtype", "mode"), _time_cell, None, _TIMES),
     "memory": Table(
         _summary_backward,
         ("shape", "dtype"),

@@ -28,15 +28,15 @@ def run_benchmarks(*argv: str) -> int:
     return main([*argv, "--quick", "--check", "--device", "cpu"])
 
 
-def write_run(path: Path, date: str, ms: float) -> None:
+def write_run(path: Path, date: str, ms: float, rows: int = 512, dtype: str = "bfloat16") -> None:
     def row(divergence: str, contender: str, ratio: float) -> dict[str, Any]:
         return {
             "op": "distillation_loss",
             "divergence": divergence,
             "contender": contender,
             "mode": "forward_backward",
-            "dtype": "bfloat16",
-            "rows": 8,
+            "dtype": dtype,
+            "rows": rows,
             "vocab": 32000,
             "ms_p50": ms * ratio,
             "ratio": ratio,
@@ -76,13 +76,22 @@ def test_readme_tables_come_from_the_newest_run(tmp_path: Path) -> None:
     write_run(tmp_path / "b.json", "2026-01-01T00:00:00+00:00", ms=99.0)
     write_run(tmp_path / "a.json", "2026-02-01T00:00:00+00:00", ms=2.5)
     text = report.render(README, tmp_path)
-    cells = "| 8 x 32000 | bfloat16 | forward + backward | 2.5 ms | 50% | 30 ms (12x) | wrong |"
+    cells = "| 512 x 32000 | bfloat16 | forward + backward | 2.5 ms | 50% | 30 ms (12x) | wrong |"
     assert cells in text
     assert "old" not in text and "99" not in text
     assert report.UNMEASURED["gpu"] in text
     assert report.render(text, tmp_path) == text
     assert "| 1.5 MB | 0.512 MB |" in report.generate("cpu-memory", tmp_path)
     assert "`jsd`" in report.generate("cpu-divergences", tmp_path)
+
+
+def test_small_problems_have_a_table_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "a.json", "2026-01-01T00:00:00+00:00", ms=2.5)
+    write_run(tmp_path / "b.json", "2026-02-01T00:00:00+00:00", ms=0.05, rows=8, dtype="float32")
+    assert "| 512 x 32000 | bfloat16 | forward + backward | 2.5 ms |" in report.generate("cpu-summary", tmp_path)
+    small = report.generate("cpu-small", tmp_path)
+    assert "| 8 x 32000 | float32 | forward + backward | 0.05 ms |" in small
+    assert "512" not in small
 
 
 def test_wrong_readme_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
