@@ -43,7 +43,7 @@ struct Format<float> {
   static constexpr float kSmallestExponent = -126;  // of a normal number
   static constexpr float kLargestExponent = 127;
   static constexpr float kTiny = 1.17549435e-38f;  // smallest normal number
-  static constexpr float kLargeGap = 20;            // (1 + gap) e^-gap is nothing beside 1
+  static constexpr float kLargeGap = 20;           // (1 + gap) e^-gap is nothing beside 1
 };
 template <>
 struct Format<double> {
