@@ -172,8 +172,8 @@ def distillation_loss(
     alpha              Σ (p^α q^(1-α) - αp - (1-α)q) / (α(α-1))                    Amari 1985
     =================  ==========================================================  =====================
 
-    Nothing of the size of the logits is allocated except the gradients that are asked for, and on the CPU up to half a
-    megabyte per thread for each of them. Sums and
+    Nothing of the size of the logits is allocated except the gradients that are asked for, and on the CPU, beside
+    16-bit gradients of other divergences than forward KL, up to half a megabyte per thread for each. Sums and
     exponentials are float32 whatever the logits' dtype (float64 for float64); the result is deterministic and a
     row's value does not depend on the other rows.
 

@@ -254,7 +254,7 @@ class RowWalk {
   // One side's gradient, and where its bare derivatives wait for their sum: in the gradient itself where it has room
   // for all their digits, else in a row that each thread keeps, unless that would be large.
   struct Gradient {
-    static constexpr int64_t kLongest = 131072;  // half a megabyte
+    static constexpr int64_t kLongest = 131072;  // half a megabyte of float
 
     Gradient(const Output& output, bool sums_to_zero, const DistillationArgs& args)
         : output(output), wanted(output.data != nullptr), waits(wanted && !sums_to_zero) {
