@@ -41,16 +41,27 @@ struct Output {
   Dtype dtype = Dtype::kFloat32;
 };
 
+// The gradient of logits, in rows of their own length; it may lie over the logits themselves.
+struct LogitsGradient {
+  Output out;
+  RowLayout layout;
+  int64_t columns = 0;  // of a whole row: what lies beyond DistillationArgs::columns becomes 0
+};
+
 // acc_t below is float, or double where either input is double.
 struct DistillationArgs {
   Matrix student, teacher;  // logits
-  Output grad_student, grad_teacher;
-  int64_t rows = 0, columns = 0;
-  std::string_view divergence;
+  LogitsGradient grad_student, grad_teacher;
+  int64_t rows = 0, columns = 0;                // a row may be longer: the rest is padding and never read
+  double student_scale = 1, teacher_scale = 1;  // multiply the logits
+  double student_cap = 0, teacher_cap = 0;      // then cap * tanh(z / cap), unless cap is 0
+  double temperature = 1;                       // of the divergence alone
+  std::string_view divergence;                  // empty for none
   double parameter = 0;
-  double temperature = 1;
-  double scale = 1;                   // multiplies every row's loss and gradient
-  const void* row_scale = nullptr;    // [rows] acc_t, on top of scale; a row whose scale is 0 is never read
+  double soft_scale = 1;              // multiplies every row's divergence
+  double hard_scale = 0;              // multiplies every row's cross entropy
+  const int64_t* labels = nullptr;    // [rows]; out of [0, columns) the row is NaN; null without a cross entropy
+  const void* row_scale = nullptr;    // [rows] acc_t, multiplies the row's loss; a row whose scale is 0 is never read
   const void* grad_output = nullptr;  // acc_t, multiplies gradients; [rows] or, with stride 0, one for all
   int64_t grad_output_stride = 0;
   void* row_constants = nullptr;  // [rows, RowConstants::kCount] acc_t; written by forward, read by backward

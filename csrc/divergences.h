@@ -243,7 +243,7 @@ struct Alpha {
   }
 };
 
-// KL(p || p): what a skew divergence is where the mixture is its own first argument. A NaN row stays NaN.
+// No divergence, and what a skew divergence is where the mixture is its own first argument. A NaN row stays NaN.
 struct Zero {
   static constexpr bool kGradQSumsToZero = true;
   static constexpr bool kGradPSumsToZero = true;
@@ -273,9 +273,13 @@ struct Zero {
   ROW("total_variation", "", TotalVariation{}, TotalVariation{}, TotalVariation{}) \
   ROW("alpha", "alpha", Alpha{parameter}, ReverseKL{}, ForwardKL{})
 
-// Calls function(divergence) with the struct of that name; false if there is none.
+// Calls function(divergence) with the struct of that name, Zero for the empty one; false if there is none.
 template <typename Function>
 bool dispatch_divergence(std::string_view name, double parameter, const Function& function) {
+  if (name.empty()) {
+    function(Zero{});
+    return true;
+  }
 #define KLDIV_CASE(NAME, PARAMETER, STRUCT, AT_ZERO, AT_ONE) \
   if (name == NAME) {                                        \
     if (parameter == 0) {                                    \

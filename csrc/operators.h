@@ -74,25 +74,27 @@ inline int64_t rows_of(const Tensor& tensor) {
   return rows;
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
+// In all dimensions, or in all but the last.
+inline bool same_shape(const Tensor& a, const Tensor& b, bool but_the_last = false) {
   if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
+  for (int64_t d = 0; d < a.dim() - (but_the_last ? 1 : 0); ++d) {
     if (a.size(d) != b.size(d)) return false;
   }
   return true;
 }
 
-inline void check_pair(const char* op, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.dim() > 0 && same_shape(a, b), "kldiv_ext::", op, ": the two tensors must have one shape");
+inline void check_pair(const char* op, const Tensor& a, const Tensor& b, bool but_the_last = false) {
+  STD_TORCH_CHECK(a.dim() > 0 && same_shape(a, b, but_the_last), "kldiv_ext::", op,
+                  ": the two tensors must have one shape");
   STD_TORCH_CHECK(a.device() == b.device(), "kldiv_ext::", op, ": the two tensors must be on one device");
 }
 
-// [rows] of acc_t, contiguous, on the same device.
-inline void check_rows(const char* op, const char* name, const Tensor& tensor, const DistillationArgs& args,
-                       const Tensor& like) {
-  STD_TORCH_CHECK(dtype_of(tensor) == args.acc_dtype() && tensor.is_contiguous() && tensor.device() == like.device() &&
-                      (tensor.dim() == 0 || tensor.numel() == args.rows),
-                  "kldiv_ext::", op, ": ", name, " must be contiguous, [rows] or [], in the dtype of the loss");
+// [rows] of `dtype`, contiguous, on the same device; or [], where that is allowed.
+inline void check_rows(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows,
+                       const Tensor& like, bool scalar_allowed = false) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.device() == like.device() &&
+                      (tensor.dim() == 1 ? tensor.size(0) == rows : tensor.dim() == 0 && scalar_allowed),
+                  "kldiv_ext::", op, ": ", name, " must be contiguous, [rows], of the right dtype, on the same device");
 }
 
 // What a reduction divides by.
@@ -114,38 +116,60 @@ Tensor new_gradient(const Tensor& input, bool wanted) {
   return gradient;
 }
 
+inline LogitsGradient logits_gradient(Tensor& gradient) {
+  return {output(gradient), row_layout(gradient), columns_of(gradient)};
+}
+
 inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
-                                          const std::optional<Tensor>& row_scale, double scale,
-                                          const std::string& reduction, const std::string& divergence, double parameter,
-                                          double temperature) {
-  check_pair(op, student, teacher);
+                                          const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale,
+                                          double soft_scale, double hard_scale, const std::string& reduction,
+                                          const std::string& divergence, double parameter, double temperature,
+                                          const std::vector<double>& scales, const std::vector<double>& softcaps,
+                                          std::optional<int64_t> valid_vocab) {
+  check_pair(op, student, teacher, valid_vocab.has_value());
   DistillationArgs args;
   args.student = matrix(student);
   args.teacher = matrix(teacher);
   args.rows = rows_of(student);
-  args.columns = columns_of(student);
-  STD_TORCH_CHECK(args.columns > 0, "kldiv_ext::", op, ": the vocabulary is empty");
+  args.columns = valid_vocab.value_or(columns_of(student));
+  STD_TORCH_CHECK(args.columns > 0 && args.columns <= columns_of(student) && args.columns <= columns_of(teacher),
+                  "kldiv_ext::", op, ": the vocabulary is empty, or valid_vocab exceeds it");
+  STD_TORCH_CHECK(scales.size() == 2 && softcaps.size() == 2, "kldiv_ext::", op,
+                  ": logit_scale and logit_softcap must be [student, teacher]");
+  args.student_scale = scales[0];
+  args.teacher_scale = scales[1];
+  args.student_cap = softcaps[0];
+  args.teacher_cap = softcaps[1];
+  args.temperature = temperature;
   STD_TORCH_CHECK(dispatch_divergence(divergence, parameter, [](const auto&) {}), "kldiv_ext::", op,
                   ": unknown divergence ", divergence);
-  args.divergence = divergence;
+  const double per_item = 1 / divisor(reduction, args.rows, student);
+  args.soft_scale = soft_scale * per_item;
+  args.hard_scale = hard_scale * per_item;
+  // What has no weight is not there at all: 0, and not 0 * inf.
+  if (soft_scale != 0) args.divergence = divergence;
   args.parameter = parameter;
-  args.temperature = temperature;
-  args.scale = scale / divisor(reduction, args.rows, student);
+  STD_TORCH_CHECK(hard_scale == 0 || labels.has_value(), "kldiv_ext::", op, ": hard_scale needs labels");
+  if (hard_scale != 0) {
+    check_rows(op, "labels", *labels, ScalarType::Long, args.rows, student);
+    args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
   if (row_scale.has_value()) {
-    check_rows(op, "row_scale", *row_scale, args, student);
+    check_rows(op, "row_scale", *row_scale, scalar_type_of(args.acc_dtype()), args.rows, student);
     args.row_scale = row_scale->const_data_ptr();
   }
   return args;
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher,
-                                                             std::optional<Tensor> row_scale, double scale,
-                                                             std::string reduction, std::string divergence,
-                                                             double parameter, double temperature, bool grad_student,
-                                                             bool grad_teacher) {
-  DistillationArgs args = distillation_args("distillation_loss", student, teacher, row_scale, scale, reduction,
-                                            divergence, parameter, temperature);
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
+    Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_scale, double soft_scale,
+    double hard_scale, std::string reduction, std::string divergence, double parameter, double temperature,
+    std::vector<double> scales, std::vector<double> softcaps, std::optional<int64_t> valid_vocab, bool grad_student,
+    bool grad_teacher) {
+  DistillationArgs args =
+      distillation_args("distillation_loss", student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
+                        divergence, parameter, temperature, scales, softcaps, valid_vocab);
   const bool reduce = reduction != "none";
   const ScalarType acc = scalar_type_of(args.acc_dtype());
   Tensor row_loss = torch::stable::new_empty(student, {args.rows}, acc);
@@ -156,34 +180,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensor student, Ten
   args.row_loss = row_loss.mutable_data_ptr();
   args.row_constants = row_constants.mutable_data_ptr();
   if (reduce) args.loss = loss.mutable_data_ptr();
-  if (grad_student) args.grad_student = output(student_gradient);
-  if (grad_teacher) args.grad_teacher = output(teacher_gradient);
+  if (grad_student) args.grad_student = logits_gradient(student_gradient);
+  if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return {loss, row_constants, student_gradient, teacher_gradient};
 }
 
-template <typename Device>
-std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher,
-                                                      Tensor row_constants, std::optional<Tensor> row_scale,
-                                                      double scale, std::string reduction, std::string divergence,
-                                                      double parameter, double temperature, bool grad_student,
-                                                      bool grad_teacher) {
-  const char* op = "distillation_loss_backward";
-  DistillationArgs args =
-      distillation_args(op, student, teacher, row_scale, scale, reduction, divergence, parameter, temperature);
-  check_rows(op, "grad_output", grad_output, args, student);
+inline void set_backward(DistillationArgs& args, const char* op, const Tensor& grad_output, const Tensor& row_constants,
+                         const Tensor& student) {
+  check_rows(op, "grad_output", grad_output, scalar_type_of(args.acc_dtype()), args.rows, student, true);
   STD_TORCH_CHECK(dtype_of(row_constants) == args.acc_dtype() && row_constants.is_contiguous() &&
+                      row_constants.device() == student.device() &&
                       row_constants.numel() == args.rows * RowConstants<float>::kCount,
                   "kldiv_ext::", op, ": row_constants must be what distillation_loss returned");
   args.row_constants = const_cast<void*>(row_constants.const_data_ptr());
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_stride = grad_output.dim() > 0 ? 1 : 0;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher,
+                                                      Tensor row_constants, std::optional<Tensor> labels,
+                                                      std::optional<Tensor> row_scale, double soft_scale,
+                                                      double hard_scale, std::string reduction, std::string divergence,
+                                                      double parameter, double temperature, std::vector<double> scales,
+                                                      std::vector<double> softcaps, std::optional<int64_t> valid_vocab,
+                                                      bool grad_student, bool grad_teacher) {
+  const char* op = "distillation_loss_backward";
+  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
+                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  set_backward(args, op, grad_output, row_constants, student);
   Tensor student_gradient = new_gradient<Device>(student, grad_student);
   Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
-  if (grad_student) args.grad_student = output(student_gradient);
-  if (grad_teacher) args.grad_teacher = output(teacher_gradient);
+  if (grad_student) args.grad_student = logits_gradient(student_gradient);
+  if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return {student_gradient, teacher_gradient};
+}
+
+template <typename Device>
+Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor teacher, Tensor row_constants,
+                                   std::optional<Tensor> labels, std::optional<Tensor> row_scale, double soft_scale,
+                                   double hard_scale, std::string reduction, std::string divergence, double parameter,
+                                   double temperature, std::vector<double> scales, std::vector<double> softcaps,
+                                   std::optional<int64_t> valid_vocab, bool grad_teacher) {
+  const char* op = "distillation_loss_backward_";
+  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
+                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  set_backward(args, op, grad_output, row_constants, student);
+  args.grad_student = logits_gradient(student);
+  Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
+  if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
+  Device::distillation(args, student);
+  return teacher_gradient;
 }
 
 template <typename Device>
@@ -270,11 +319,12 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
 }
 
 // Inside STABLE_TORCH_LIBRARY_IMPL: every operator, for one device.
-#define KLDIV_REGISTER_OPERATORS(m, Device)                                                      \
-  m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                   \
-  m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>)); \
-  m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                         \
-  m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                         \
+#define KLDIV_REGISTER_OPERATORS(m, Device)                                                        \
+  m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                     \
+  m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>));   \
+  m.impl("distillation_loss_backward_", TORCH_BOX(&::kldiv::distillation_loss_backward_<Device>)); \
+  m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                           \
+  m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                           \
   m.impl("kl_div_backward", TORCH_BOX(&::kldiv::kl_div_backward<Device>))
 
 }  // namespace kldiv

@@ -5,20 +5,31 @@
 #include "cpu/kernels.h"
 #include "divergences.h"
 
+#define KLDIV_OPTIONS                                                                                \
+  "Tensor? labels, Tensor? row_scale, float soft_scale, float hard_scale, str reduction, "           \
+  "str divergence, float parameter, float temperature, float[] logit_scale, float[] logit_softcap, " \
+  "int? valid_vocab"
+
 STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   // reduction is one of F.kl_div's: none | sum | mean (over rows; in kl_div over elements) | batchmean (size(0)).
   //
-  // Divergence of softmax(student / T) from softmax(teacher / T), row by row, times scale * row_scale.
-  // loss: [] or, with reduction none, [rows]; row_constants: [rows, 7], for backward; a gradient not wanted is [0].
-  m.def(
-      "distillation_loss(Tensor student, Tensor teacher, Tensor? row_scale, float scale, str reduction, "
-      "str divergence, float parameter, float temperature, bool grad_student, bool grad_teacher) "
-      "-> (Tensor loss, Tensor row_constants, Tensor grad_student, Tensor grad_teacher)");
+  // Row by row, of the first valid_vocab columns (all by default), with z' = cap * tanh(scale * z / cap) for student
+  // and teacher, where a softcap of 0 is none:
+  //   row_scale * (soft_scale * divergence of softmax(student' / T) from softmax(teacher' / T)
+  //                + hard_scale * cross entropy of softmax(student') at labels)
+  // loss: [] or, with reduction none, [rows]; row_constants: [rows, 8], for backward; a gradient not wanted is [0].
+  m.def("distillation_loss(Tensor student, Tensor teacher, " KLDIV_OPTIONS
+        ", bool grad_student, bool grad_teacher) "
+        "-> (Tensor loss, Tensor row_constants, Tensor grad_student, Tensor grad_teacher)");
   // The gradients alone, times grad_output ([] or [rows]).
   m.def(
-      "distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor row_constants, "
-      "Tensor? row_scale, float scale, str reduction, str divergence, float parameter, float temperature, "
-      "bool grad_student, bool grad_teacher) -> (Tensor grad_student, Tensor grad_teacher)");
+      "distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher, Tensor "
+      "row_constants, " KLDIV_OPTIONS
+      ", bool grad_student, bool grad_teacher) -> (Tensor grad_student, Tensor grad_teacher)");
+  // The same with the student's gradient written over the student's logits.
+  m.def(
+      "distillation_loss_backward_(Tensor grad_output, Tensor(a!) student, Tensor teacher, Tensor "
+      "row_constants, " KLDIV_OPTIONS ", bool grad_teacher) -> Tensor grad_teacher");
   // gradient *= factor ([]), without a host read of the factor and without a write where it is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   // F.kl_div: [] in the accumulation type or, with reduction none, input's shape.

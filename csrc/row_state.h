@@ -1,8 +1,9 @@
-// What is known of a row: the online log-sum-exp of student and teacher, which merges over lanes, chunks,
+// What is known of a row: the online log-sum-exps of student and teacher, which merge over lanes, chunks,
 // threads and blocks, and the row constants that turn two logits into a column of the divergence.
 #pragma once
 
 #include "divergences.h"
+#include "logits.h"
 
 namespace kldiv {
 inline namespace KLDIV_ISA {
@@ -30,9 +31,12 @@ struct LogSumExp {
 template <typename acc_t>
 struct RowState {
   LogSumExp<acc_t> teacher, student;
+  LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
 
-  KLDIV_HD RowState merged(const RowState& other, acc_t inverse_temperature) const {
-    return {teacher.merged(other.teacher, inverse_temperature), student.merged(other.student, inverse_temperature)};
+  KLDIV_HD RowState merged(const RowState& other, const Scaling<acc_t>& scaling) const {
+    return {teacher.merged(other.teacher, scaling.inverse_temperature),
+            student.merged(other.student, scaling.inverse_temperature),
+            hard.merged(other.hard, scaling.hard_inverse_temperature)};
   }
 };
 
@@ -49,20 +53,22 @@ struct RowSums {
 // All that phase 3 needs of a row; what backward saves instead of the row itself.
 template <typename acc_t>
 struct RowConstants {
-  static constexpr int kCount = 7;
+  static constexpr int kCount = 8;
   acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
   acc_t student_max, student_log2_sum;
-  acc_t shift;  // log p - log q = (t - s) / T - shift
+  acc_t hard_log2_sum;  // the student's at the temperature of the cross entropy
+  acc_t shift;          // log p - log q = (t - s) / T - shift
   acc_t sum_grad_q, sum_grad_p;
 
   RowConstants() = default;
-  KLDIV_HD RowConstants(const RowState<acc_t>& state, acc_t inverse_temperature)
+  KLDIV_HD RowConstants(const RowState<acc_t>& state, const Scaling<acc_t>& scaling)
       : teacher_max(state.teacher.max),
         teacher_log2_sum(log_sum(state.teacher) * static_cast<acc_t>(kLog2E)),
         student_max(state.student.max),
         student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
+        hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
         // One logarithm of the ratio: for close rows the difference of two would lose their common digits.
-        shift((state.teacher.max - state.student.max) * inverse_temperature +
+        shift((state.teacher.max - state.student.max) * scaling.inverse_temperature +
               log(state.teacher.sum / state.student.sum)),
         sum_grad_q(0),
         sum_grad_p(0) {}
@@ -71,6 +77,11 @@ struct RowConstants {
   KLDIV_HD void set_sums(const RowSums<acc_t>& sums) {
     sum_grad_q = sums.grad_q + 0 * sums.grad_q;
     sum_grad_p = sums.grad_p + 0 * sums.grad_p;
+  }
+
+  // -log softmax of the student at a label's logit.
+  KLDIV_HD acc_t cross_entropy(acc_t logit, acc_t hard_inverse_temperature) const {
+    return (student_max - logit) * hard_inverse_temperature + hard_log2_sum * static_cast<acc_t>(kLn2);
   }
 
  private:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ ops = torch.ops.kldiv_ext
 library = torch.library.Library("kldiv_ext", "IMPL")
 
 
+ROW_CONSTANTS = 8
+"""How many numbers per row the operator `distillation_loss` keeps for its backward."""
+
+
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and losses: float64 if any tensor is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -49,41 +54,33 @@ def _gradient(like: Tensor, wanted: bool) -> Tensor:
 def _(
     student: Tensor,
     teacher: Tensor,
+    labels: Tensor | None,
     row_scale: Tensor | None,
-    scale: float,
+    soft_scale: float,
+    hard_scale: float,
     reduction: str,
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    grad_student: bool,
-    grad_teacher: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, grad_student, grad_teacher = options
     rows = student.numel() // student.shape[-1]
     dtype = accumulation_dtype(student, teacher)
     return (
         student.new_empty([rows] if reduction == "none" else [], dtype=dtype),
-        student.new_empty([rows, 7], dtype=dtype),
+        student.new_empty([rows, ROW_CONSTANTS], dtype=dtype),
         _gradient(student, grad_student),
         _gradient(teacher, grad_teacher),
     )
 
 
 @torch.library.register_fake("kldiv_ext::distillation_loss_backward")
-def _(
-    grad_output: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    row_constants: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    reduction: str,
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    grad_student: bool,
-    grad_teacher: bool,
-) -> tuple[Tensor, Tensor]:
+def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, grad_student, grad_teacher = options
     return _gradient(student, grad_student), _gradient(teacher, grad_teacher)
+
+
+@torch.library.register_fake("kldiv_ext::distillation_loss_backward_")
+def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    return _gradient(teacher, options[-1])
 
 
 @torch.library.register_fake("kldiv_ext::scale_")

@@ -20,11 +20,15 @@ from ._library import accumulation_dtype, library, ops
 class Options(NamedTuple):
     """What an operator is told besides its tensors, in the order of the schema."""
 
-    scale: float
+    soft_scale: float
+    hard_scale: float
     reduction: str
     divergence: str
     parameter: float
     temperature: float
+    logit_scale: tuple[float, float]  # student, teacher
+    logit_softcap: tuple[float, float]  # 0 for none
+    valid_vocab: int | None
 
 
 def plain_needed(*tensors: Tensor | None) -> bool:
@@ -44,21 +48,38 @@ def _any_tangent(tensors: Iterable[Any]) -> bool:
     return any(isinstance(t, Tensor) and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
 
 
-def plain_distillation_loss(student: Tensor, teacher: Tensor, row_scale: Tensor | None, options: Options) -> Tensor:
+def plain_distillation_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, row_scale: Tensor | None, options: Options
+) -> Tensor:
     """What the operator `distillation_loss` returns as its loss, from plain operators in float64."""
-    scale, reduction, divergence, parameter, temperature = options
-    dtype = accumulation_dtype(student, teacher)
+    shape, dtype = student.shape, accumulation_dtype(student, teacher)
+    if labels is not None:
+        labels = labels.reshape(shape[:-1])
     if row_scale is not None:  # a row whose scale is 0 is not read
-        dead = (row_scale == 0).reshape(*student.shape[:-1], 1)
-        student, teacher = student.masked_fill(dead, 0), teacher.masked_fill(dead, 0)
-    losses = reference.row_losses(student, teacher, divergence, parameter, temperature).reshape(-1) * scale
+        dead = (row_scale == 0).reshape(shape[:-1])
+        student, teacher = student.masked_fill(dead[..., None], 0), teacher.masked_fill(dead[..., None], 0)
+        labels = None if labels is None else labels.masked_fill(dead, 0)
+    student, teacher = (
+        reference.effective_logits(z, scale, softcap, options.valid_vocab)
+        for z, scale, softcap in zip((student, teacher), options.logit_scale, options.logit_softcap, strict=True)
+    )
+    losses = reference.weighted_losses(
+        student,
+        teacher,
+        labels,
+        options.soft_scale,
+        options.hard_scale,
+        options.divergence,
+        options.parameter,
+        options.temperature,
+    ).reshape(-1)
     if row_scale is not None:
         losses = losses * row_scale
-    if reduction == "mean":
+    if options.reduction == "mean":
         losses = losses / max(losses.numel(), 1)
-    elif reduction == "batchmean" and student.dim() > 1:
-        losses = losses / max(student.shape[0], 1)
-    return (losses if reduction == "none" else losses.sum()).to(dtype)
+    elif options.reduction == "batchmean" and len(shape) > 1:
+        losses = losses / max(shape[0], 1)
+    return (losses if options.reduction == "none" else losses.sum()).to(dtype)
 
 
 def _run(operator: Any, *args: Any) -> Any:
@@ -86,9 +107,9 @@ def _saved(ctx: Any) -> list[Any]:
 
 class DistillationLoss(torch.autograd.Function):
     """distillation_loss with its gradients: made in forward where that is free, else in backward from the row
-    constants: with reduction "none", and in float16, where a gradient stored before it meets the GradScaler's
-    factor would underflow. The logits are saved in any case, for a backward that is to be differentiated; autograd
-    lets go of them as soon as this backward, the first of all, has run.
+    constants: with reduction "none", where it is to be written over the logits, and in float16, where a gradient
+    stored before it meets the GradScaler's factor would underflow. The logits are saved in any case, for a backward
+    that is to be differentiated; autograd lets go of them as soon as this backward, the first of all, has run.
     """
 
     @staticmethod
@@ -96,41 +117,45 @@ class DistillationLoss(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
+        labels: Tensor | None,
         row_scale: Tensor | None,
         options: Options,
+        in_place: bool,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[:2]
         ctx.options = options
-        ctx.early = options.reduction != "none" and all(
-            t.dtype != torch.float16 for t, w in zip((student, teacher), wanted, strict=True) if w
+        ctx.in_place = in_place and wanted[0] and not torch.compiler.is_compiling()
+        ctx.early = (
+            options.reduction != "none"
+            and not ctx.in_place
+            and all(t.dtype != torch.float16 for t, w in zip((student, teacher), wanted, strict=True) if w)
         )
         early = [bool(w and ctx.early) for w in wanted]
         loss, row_constants, *gradients = _run(
-            ops.distillation_loss.default, student, teacher, row_scale, *options, *early
+            ops.distillation_loss.default, student, teacher, labels, row_scale, *options, *early
         )
-        _save(ctx, student, teacher, row_scale, *(gradients if ctx.early else [row_constants]))
+        _save(ctx, student, teacher, labels, row_scale, *(gradients if ctx.early else [row_constants]))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
-        student, teacher, row_scale, *computed = _saved(ctx)
+        student, teacher, labels, row_scale, *computed = _saved(ctx)
         if _differentiated(grad_output):
-            computed = _plain_gradients(grad_output, student, teacher, row_scale, ctx.options, wanted)
+            if ctx.in_place:
+                raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again or batched")
+            computed = _plain_gradients(grad_output, student, teacher, labels, row_scale, ctx.options, wanted)
         elif ctx.early:
             computed = [_scaled(g, grad_output) if w else g for g, w in zip(computed, wanted, strict=True)]
         else:
-            computed = _run(
-                ops.distillation_loss_backward.default,
-                grad_output.contiguous(),
-                student,
-                teacher,
-                *computed,
-                row_scale,
-                *ctx.options,
-                *wanted,
-            )
-        return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None
+            args = (grad_output.contiguous(), student, teacher, *computed, labels, row_scale, *ctx.options)
+            if ctx.in_place:
+                of_teacher = _run(ops.distillation_loss_backward_.default, *args, wanted[1])
+                torch.autograd.graph.increment_version(student)  # so that whoever still needs the logits raises
+                computed = [student.detach(), of_teacher]
+            else:
+                computed = _run(ops.distillation_loss_backward.default, *args, *wanted)
+        return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None, None, None
 
 
 def _differentiated(grad_output: Tensor, *saved: Tensor | None) -> bool:
@@ -145,16 +170,17 @@ def _plain_gradients(
     grad_output: Tensor,
     student: Tensor,
     teacher: Tensor,
+    labels: Tensor | None,
     row_scale: Tensor | None,
     options: Options,
-    wanted: tuple[bool, ...],
+    wanted: tuple[bool, bool],
 ) -> list[Tensor | None]:
     """The gradients, from plain operators and differentiable again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that one tensor given twice gets two gradients.
         student, teacher = student.view_as(student), teacher.view_as(teacher)
-        loss = plain_distillation_loss(student, teacher, row_scale, options)
+        loss = plain_distillation_loss(student, teacher, labels, row_scale, options)
         sources = [z for z, w in zip((student, teacher), wanted, strict=True) if w]
         gradients = iter(torch.autograd.grad(loss, sources, grad_output, create_graph=again))
     return [next(gradients) if w else None for w in wanted]
@@ -230,8 +256,8 @@ def plain_kl_div_backward(
 
 
 def _plain_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
-    student, teacher, row_scale, *options = args[:8]
-    return (plain_distillation_loss(student, teacher, row_scale, Options(*options)), *outputs[1:])
+    student, teacher, labels, row_scale, *options = args[:-2]
+    return (plain_distillation_loss(student, teacher, labels, row_scale, Options(*options)), *outputs[1:])
 
 
 def _plain_kl_div_op(outputs: Tensor, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
@@ -251,6 +277,7 @@ def _not_differentiable(outputs: Any, *args: Any) -> Any:
 PLAIN: dict[str, Callable[..., Any]] = {
     "distillation_loss": _plain_distillation_op,
     "distillation_loss_backward": _not_differentiable,
+    "distillation_loss_backward_": _not_differentiable,
     "scale_": _not_differentiable,
     "kl_div": _plain_kl_div_op,
     "kl_div_backward": _plain_kl_div_backward_op,

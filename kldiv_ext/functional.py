@@ -149,11 +149,17 @@ def distillation_loss(
     alpha: float = 0.5,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Divergence between a teacher's and a student's next-token distributions, straight from their logits, in nats.
 
@@ -180,14 +186,18 @@ def distillation_loss(
     Args:
         student_logits: ``[..., V]`` float64, float32, float16 or bfloat16; any strides.
         teacher_logits: ``[..., V]``, the same shape; the dtype may differ. Gets its true gradient if it requires one.
-        labels: ``[...]`` int64; positions whose label is ``ignore_index`` do not count.
+        labels: ``[...]`` int64; positions whose label is ``ignore_index`` do not count. With ``hard_weight`` they are
+            the classes of a cross entropy.
         divergence: one of the names above.
         beta: ``jsd`` only, weight of p in the mixture, 0 to 1; 0 is forward KL and 1 reverse KL, as in TRL and Liger.
             Within about 0.01 of its ends without being there, this parameter like the next two, float32 loses digits.
         skew: ``skew_*`` only, share of the first argument that is kept in the mixture, 0 to 1.
         alpha: ``alpha`` only, the order, 0 to 1; 1 is forward KL and 0 reverse KL.
         temperature: divides the logits, > 0.
-        scale_by_temperature_squared: multiply the loss by T², so that gradients keep their size as T grows.
+        scale_by_temperature_squared: multiply the divergence by T², so that its gradients keep their size as T grows.
+        soft_weight: weight of the divergence.
+        hard_weight: weight of the student's cross entropy against ``labels`` at temperature 1, as `F.cross_entropy` has
+            it, from the same pass over the student. A part of weight 0 is 0 even where it would be infinite.
         mask: ``[...]`` bool, True where a position counts.
         weight: ``[...]`` floating, multiplies each position's loss; a position of weight 0 does not count.
         ignore_index: the label of positions that do not count.
@@ -196,48 +206,110 @@ def distillation_loss(
             ``"batchmean"``: sum / ``student_logits.size(0)``, for 1-D logits the sum.
         num_items: int, or 0-d tensor on the logits' device: the denominator of ``"mean"`` instead of the own count, so
             that gradient accumulation over unequal micro-batches equals the one big batch.
+        valid_vocab: columns from here on are padding: probability 0, never read, gradient exactly 0. With it the two
+            vocabularies may be padded to different sizes.
+        logit_softcap: c replaces every logit by c·tanh(logit/c), as Gemma does; a pair is (student, teacher), where
+            None is without. Capped logits are float32 numbers: between close rows their rounding is what remains.
+        logit_scale: multiplies every logit, before the softcap and the temperature (Cohere; for Granite the inverse of
+            its ``logits_scaling``), > 0; a pair is (student, teacher).
+        inplace_backward: backward writes the student's gradient over ``student_logits``, so that no memory of that size
+            is needed in addition; afterwards they are garbage. Autograd raises where somebody else still needs the old
+            values (another loss, a second backward, an operator before this one). Without effect under
+            `torch.compile` and `torch.func`.
 
     Returns:
         float32 (float64 if either input is), a scalar or with ``reduction="none"`` ``[...]``. A loss over no
         positions is 0 with zero gradients. Positions that do not count are never read and have zero gradients.
 
     Raises:
-        TypeError, ValueError: naming the argument and its value, before anything runs.
-        RuntimeError: for CUDA tensors where the CUDA kernels are missing, saying why.
+        TypeError, ValueError: naming the argument and its value, before anything runs; with ``inplace_backward`` also
+            for student logits that are a leaf, overlap themselves or the teacher's.
+        IndexError: for a label out of range where ``hard_weight`` needs it, on the CPU; on CUDA, where raising would
+            wait for the device, and under the compiler that position's loss is NaN.
+        RuntimeError: for CUDA tensors where the CUDA kernels are missing, saying why; from a backward of
+            ``inplace_backward`` with ``create_graph``.
 
     Infinities: a column where both logits are -inf contributes 0. Where only one probability is 0, forward KL
     (q = 0), reverse KL (p = 0) and Jeffreys (either) are +inf; forward KL's gradient is then still q - p, the
-    others' are NaN in that row. A row that holds NaN or +inf, or nothing but -inf, is NaN; other rows never are.
+    others' are NaN in that row. A row that holds NaN or +inf, or nothing but -inf, is NaN; other rows never are. All of
+    this is meant after the softcap, which makes infinite logits finite.
 
-    Equivalent to (for ``forward_kl``, ``mean``, without labels, mask and weight)::
+    Equivalent to (for ``forward_kl``, ``mean``, where every position counts)::
 
-        log_q = torch.log_softmax(student_logits.float() / temperature, -1)
-        p = torch.softmax(teacher_logits.float() / temperature, -1)
-        F.kl_div(log_q, p, reduction="sum") / log_q[..., 0].numel()
+        student, teacher = (z[..., :valid_vocab].float() * logit_scale for z in (student_logits, teacher_logits))
+        student, teacher = (logit_softcap * torch.tanh(z / logit_softcap) for z in (student, teacher))
+        log_q = torch.log_softmax(student / temperature, -1)
+        p = torch.softmax(teacher / temperature, -1)
+        soft = F.kl_div(log_q, p, reduction="sum") / log_q[..., 0].numel()
+        hard = F.cross_entropy(student.flatten(0, -2), labels.flatten())
+        soft_weight * soft + hard_weight * hard
     """
-    _check_logits(student_logits, teacher_logits)
-    check_options(divergence, beta, skew, alpha, temperature, scale_by_temperature_squared, ignore_index, reduction)
+    check_options(
+        divergence,
+        beta,
+        skew,
+        alpha,
+        temperature,
+        scale_by_temperature_squared,
+        soft_weight,
+        hard_weight,
+        ignore_index,
+        reduction,
+        valid_vocab,
+        logit_softcap,
+        logit_scale,
+        inplace_backward,
+    )
+    _check_logits(student_logits, teacher_logits, valid_vocab)
+    if hard_weight != 0 and labels is None:
+        raise ValueError(f"labels must be given where hard_weight is not 0, got None with hard_weight={hard_weight}")
     if num_items is not None:
         _check_num_items(num_items, reduction, student_logits)
     batch = student_logits.shape[:-1]
+    plain = plain_needed(student_logits, teacher_logits)
+    in_place = inplace_backward and not plain and student_logits.requires_grad and torch.is_grad_enabled()
+    if in_place and not torch.compiler.is_compiling():
+        _check_in_place(student_logits, teacher_logits)
     if student_logits.dim() > MAX_DIMS:
         student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
     row_scale = _row_scale(student_logits, teacher_logits, labels, mask, weight, ignore_index, reduction, num_items)
-    scale = float(temperature) ** 2 if scale_by_temperature_squared else 1.0
-    # With a row_scale the denominator of the mean is in it.
-    row_reduction = "sum" if reduction == "mean" and row_scale is not None else reduction
+    hard_labels = None
+    if hard_weight != 0 and labels is not None:
+        hard_labels = labels.reshape(-1).contiguous()
+        if not plain:
+            _check_label_range(hard_labels, row_scale, valid_vocab or student_logits.shape[-1])
     parameter = {"": 0.0, "beta": beta, "skew": skew, "alpha": alpha}[DIVERGENCES[divergence]]
-    options = Options(scale, row_reduction, divergence, float(parameter), float(temperature))
-    if plain_needed(student_logits, teacher_logits):
-        loss = plain_distillation_loss(student_logits, teacher_logits, row_scale, options)
+    options = Options(
+        soft_scale=soft_weight * (float(temperature) ** 2 if scale_by_temperature_squared else 1.0),
+        hard_scale=float(hard_weight),
+        # With a row_scale the denominator of the mean is in it.
+        reduction="sum" if reduction == "mean" and row_scale is not None else reduction,
+        divergence=divergence,
+        parameter=float(parameter),
+        temperature=float(temperature),
+        logit_scale=_pair(logit_scale, 1.0),
+        logit_softcap=_pair(logit_softcap, 0.0),
+        valid_vocab=valid_vocab,
+    )
+    if plain:
+        loss = plain_distillation_loss(student_logits, teacher_logits, hard_labels, row_scale, options)
     else:
         if not torch.is_grad_enabled():  # or the Function would make gradients that nobody can ask for
             student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
-        loss = DistillationLoss.apply(student_logits, teacher_logits, row_scale, options)  # type: ignore[no-untyped-call]
+        loss = DistillationLoss.apply(student_logits, teacher_logits, hard_labels, row_scale, options, in_place)  # type: ignore[no-untyped-call]
     return loss.reshape(batch) if reduction == "none" else loss
 
 
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def _pair(
+    value: float | tuple[float | None, float | None] | list[float | None] | None, default: float
+) -> tuple[float, float]:
+    """An option of both sides as (student, teacher)."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    student, teacher = (default if x is None else float(x) for x in pair)
+    return student, teacher
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor, valid_vocab: int | None) -> None:
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
@@ -247,10 +319,16 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
             raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    if student_logits.shape != teacher_logits.shape:
+    shapes = student_logits.shape, teacher_logits.shape
+    if shapes[0] != shapes[1] and (valid_vocab is None or shapes[0][:-1] != shapes[1][:-1]):
         raise ValueError(
-            "student_logits and teacher_logits must have the same shape, got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+            "student_logits and teacher_logits must have the same shape, with valid_vocab but for the last dimension, "
+            f"got {tuple(shapes[0])} and {tuple(shapes[1])}"
+        )
+    if valid_vocab is not None and valid_vocab > min(shapes[0][-1], shapes[1][-1]):
+        raise ValueError(
+            f"valid_vocab must not exceed either vocabulary, got {valid_vocab} for logits of shapes "
+            f"{tuple(shapes[0])} and {tuple(shapes[1])}"
         )
     _check_device("teacher_logits", teacher_logits, student_logits)
     device = student_logits.device
@@ -274,25 +352,110 @@ def check_options(
     alpha: float,
     temperature: float,
     scale_by_temperature_squared: bool,
+    soft_weight: float,
+    hard_weight: float,
     ignore_index: int,
     reduction: str,
+    valid_vocab: int | None,
+    logit_softcap: float | tuple[float | None, float | None] | None,
+    logit_scale: float | tuple[float | None, float | None] | None,
+    inplace_backward: bool,
 ) -> None:
     """Raise for the first option of `distillation_loss` that is wrong."""
     if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    for name, value in (("beta", beta), ("skew", skew), ("alpha", alpha), ("temperature", temperature)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if name != "temperature" and not 0 <= value <= 1:
+    for name, value in (("beta", beta), ("skew", skew), ("alpha", alpha)):
+        _check_number(name, value)
+        if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    if not 0 < temperature < math.inf:  # math.isfinite is not traced by the compiler
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if not isinstance(scale_by_temperature_squared, bool):
-        raise TypeError(f"scale_by_temperature_squared must be a bool, got {scale_by_temperature_squared!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    _check_positive("temperature", temperature)
+    for name, value in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
+        _check_number(name, value)
+        if not -math.inf < value < math.inf:  # math.isfinite is not traced by the compiler
+            raise ValueError(f"{name} must be finite, got {value}")
+    for name, option in (("logit_softcap", logit_softcap), ("logit_scale", logit_scale)):
+        pair = option if isinstance(option, (tuple, list)) else (option, option)
+        if len(pair) != 2:
+            raise ValueError(f"{name} must be a number or a pair (student, teacher), got {option!r}")
+        for side in pair:
+            if side is not None:
+                _check_positive(name, side)
+    for name, flag in (
+        ("scale_by_temperature_squared", scale_by_temperature_squared),
+        ("inplace_backward", inplace_backward),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    for name, integer in (("ignore_index", ignore_index), ("valid_vocab", 1 if valid_vocab is None else valid_vocab)):
+        if isinstance(integer, bool) or not isinstance(integer, int):
+            raise TypeError(f"{name} must be an int, got {integer!r}")
+    if valid_vocab is not None and valid_vocab < 1:
+        raise ValueError(f"valid_vocab must be positive, got {valid_vocab}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise where a gradient must not be written over the student's logits."""
+    base = student_logits if student_logits._base is None else student_logits._base
+    if base.is_leaf:
+        raise ValueError(
+            "inplace_backward: student_logits must not be a leaf or a view of one, whose values are still needed; got "
+            f"{'a leaf' if base is student_logits else 'a view of a leaf'} of shape {tuple(student_logits.shape)}"
+        )
+    if _overlaps_itself(student_logits):
+        raise ValueError(
+            "inplace_backward: elements of student_logits must not share memory; "
+            f"got shape {tuple(student_logits.shape)} with strides {student_logits.stride()}"
+        )
+    if _share_memory(student_logits, teacher_logits):
+        raise ValueError(
+            "inplace_backward: student_logits must not share memory with teacher_logits; got tensors of one storage, "
+            f"shapes {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one place: unless every dimension steps over all that the smaller ones span."""
+    span = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride <= span:
+            return tensor.numel() > 0
+        span += stride * (size - 1)
+    return False
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory from first to last element meet."""
+
+    def last(tensor: Tensor) -> int:
+        steps = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+        return tensor.data_ptr() + (steps + 1) * tensor.element_size()
+
+    return a.numel() > 0 and a.data_ptr() < last(b) and b.data_ptr() < last(a)
+
+
+def _check_label_range(labels: Tensor, row_scale: Tensor | None, columns: int) -> None:
+    """IndexError for a label that counts and is no column, where the host can look at it without waiting."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(labels) is not Tensor
+    if traced or labels.device.type != "cpu":
+        return
+    wrong = (labels < 0) | (labels >= columns)
+    if row_scale is not None:
+        wrong &= row_scale != 0
+    if wrong.any():
+        raise IndexError(f"labels must be in [0, {columns}) where a position counts, got {labels[wrong][0].item()}")
 
 
 def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:

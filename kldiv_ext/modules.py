@@ -26,7 +26,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         options: the keyword arguments of `kldiv_ext.distillation_loss` that are not tensors: ``divergence``, ``beta``,
-            ``skew``, ``alpha``, ``temperature``, ``scale_by_temperature_squared``, ``ignore_index``, ``reduction``.
+            ``skew``, ``alpha``, ``temperature``, ``scale_by_temperature_squared``, ``soft_weight``, ``hard_weight``,
+            ``ignore_index``, ``reduction``, ``valid_vocab``, ``logit_softcap``, ``logit_scale``, ``inplace_backward``.
 
     Equivalent to::
 
@@ -43,8 +44,14 @@ class DistillationLoss(nn.Module):
         alpha: float = 0.5,
         temperature: float = 1.0,
         scale_by_temperature_squared: bool = False,
+        soft_weight: float = 1.0,
+        hard_weight: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        valid_vocab: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        logit_scale: float | tuple[float | None, float | None] | None = None,
+        inplace_backward: bool = False,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -54,8 +61,14 @@ class DistillationLoss(nn.Module):
             "alpha": alpha,
             "temperature": temperature,
             "scale_by_temperature_squared": scale_by_temperature_squared,
+            "soft_weight": soft_weight,
+            "hard_weight": hard_weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
+            "valid_vocab": valid_vocab,
+            "logit_softcap": logit_softcap,
+            "logit_scale": logit_scale,
+            "inplace_backward": inplace_backward,
         }
         functional.check_options(**self.options)
 

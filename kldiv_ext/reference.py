@@ -102,6 +102,44 @@ def row_losses(student: Tensor, teacher: Tensor, divergence: str, parameter: flo
     return formula(lp, lq, parameter) if formula.__code__.co_argcount == 3 else formula(lp, lq)
 
 
+def cross_entropies(student: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(student) at every position's label, [...] float64; NaN for a label that is no column."""
+    wrong = (labels < 0) | (labels >= student.shape[-1])
+    lq = torch.log_softmax(student.double(), -1)
+    picked = lq.gather(-1, labels.masked_fill(wrong, 0)[..., None])[..., 0]
+    return -picked * torch.where(wrong, torch.nan, 1.0)
+
+
+def effective_logits(
+    logits: Tensor, scale: float | None, softcap: float | None, valid_vocab: int | None = None
+) -> Tensor:
+    """What of a model's logits is compared, float64: without padding columns, scaled, then softcap·tanh(z/softcap)."""
+    logits = logits[..., :valid_vocab].double()
+    if scale is not None:
+        logits = logits * scale
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def weighted_losses(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    soft_weight: float,
+    hard_weight: float,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+) -> Tensor:
+    """soft_weight · divergence + hard_weight · cross entropy, [...]; a part without weight is 0 even where infinite."""
+    if soft_weight == 0:
+        divergence, parameter = "skew_forward_kl", 1.0  # 0, and NaN where a row is broken
+    losses = (soft_weight or 1.0) * row_losses(student, teacher, divergence, parameter, temperature)
+    if hard_weight != 0:
+        assert labels is not None
+        losses = losses + hard_weight * cross_entropies(student, labels)
+    return losses
+
+
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -113,13 +151,19 @@ def distillation_loss(
     alpha: float = 0.5,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
-    """`kldiv_ext.distillation_loss` in float64, written out; the arguments are not checked."""
+    """`kldiv_ext.distillation_loss` in float64, written out; the arguments are not checked, nothing is in place."""
     parameter = {"jsd": beta, "alpha": alpha}.get(divergence, skew)
     counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
     if mask is not None:
@@ -130,9 +174,12 @@ def distillation_loss(
     counts = weights != 0
     # A position that does not count is never read: whatever stands there, NaN too, is replaced.
     student, teacher = (z.double().masked_fill(~counts[..., None], 0) for z in (student_logits, teacher_logits))
-    losses = row_losses(student, teacher, divergence, parameter, temperature)
-    if scale_by_temperature_squared:
-        losses = losses * temperature**2
+    labels = None if labels is None else labels.masked_fill(~counts, 0)
+    scales, softcaps = (x if isinstance(x, (tuple, list)) else (x, x) for x in (logit_scale, logit_softcap))
+    student = effective_logits(student, scales[0], softcaps[0], valid_vocab)
+    teacher = effective_logits(teacher, scales[1], softcaps[1], valid_vocab)
+    soft_scale = soft_weight * (temperature**2 if scale_by_temperature_squared else 1)
+    losses = weighted_losses(student, teacher, labels, soft_scale, hard_weight, divergence, parameter, temperature)
     losses = torch.where(counts, losses * weights, 0)
     if reduction == "none":
         return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import kldiv_ext
 from kldiv_ext import DistillationLoss, _library, distillation_loss
+from kldiv_ext.autograd import Options
 
 STUDENT, TEACHER = torch.randn(2, 3, 11), torch.randn(2, 3, 11)
 
@@ -70,6 +72,30 @@ def of_share(argument: str) -> dict[str, Wrong]:
     }
 
 
+def of_weight(argument: str) -> dict[str, Wrong]:
+    return {
+        f"{argument} inf": Wrong(ValueError, f"{argument}.*inf", {argument: math.inf}),
+        f"{argument} nan": Wrong(ValueError, f"{argument}.*nan", {argument: math.nan}),
+        f"{argument} str": Wrong(TypeError, f"{argument}.*'1'", {argument: "1"}),
+        f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: True}),
+        f"{argument} None": Wrong(TypeError, f"{argument}.*None", {argument: None}),
+        f"{argument} Tensor": Wrong(TypeError, f"{argument}.*tensor", {argument: torch.tensor(0.5)}),
+    }
+
+
+def of_sides(argument: str) -> dict[str, Wrong]:
+    return {
+        f"{argument} 0": Wrong(ValueError, f"{argument}.*0", {argument: 0}),
+        f"{argument} -1": Wrong(ValueError, f"{argument}.*-1", {argument: -1.0}),
+        f"{argument} inf": Wrong(ValueError, f"{argument}.*inf", {argument: math.inf}),
+        f"{argument} str": Wrong(TypeError, f"{argument}.*'30'", {argument: "30"}),
+        f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: (True, None)}),
+        f"{argument} three": Wrong(ValueError, rf"{argument}.*pair.*\(1, 2, 3\)", {argument: (1, 2, 3)}),
+        f"{argument} of the teacher": Wrong(ValueError, f"{argument}.*-3", {argument: (None, -3.0)}),
+        f"{argument} Tensor": Wrong(TypeError, f"{argument}.*tensor", {argument: torch.tensor(30.0)}),
+    }
+
+
 # The arguments that tensors come in as.
 TENSORS = {
     **of_logits("student_logits"),
@@ -107,6 +133,14 @@ OPTIONS = {
     "temperature bool": Wrong(TypeError, "temperature.*True", {"temperature": True}),
     "temperature Tensor": Wrong(TypeError, "temperature.*tensor", {"temperature": torch.tensor(2.0)}),
     "temperature None": Wrong(TypeError, "temperature.*None", {"temperature": None}),
+    **of_weight("soft_weight"),
+    **of_weight("hard_weight"),
+    **of_sides("logit_softcap"),
+    **of_sides("logit_scale"),
+    "valid_vocab 0": Wrong(ValueError, "valid_vocab.*0", {"valid_vocab": 0}),
+    "valid_vocab float": Wrong(TypeError, "valid_vocab.*8.0", {"valid_vocab": 8.0}),
+    "valid_vocab bool": Wrong(TypeError, "valid_vocab.*True", {"valid_vocab": True}),
+    "in place int": Wrong(TypeError, "inplace_backward.*1", {"inplace_backward": 1}),
     "T2 int": Wrong(TypeError, "scale_by_temperature_squared.*1", {"scale_by_temperature_squared": 1}),
     "ignore_index float": Wrong(TypeError, "ignore_index.*1.0", {"ignore_index": 1.0}),
     "ignore_index bool": Wrong(TypeError, "ignore_index.*True", {"ignore_index": True}),
@@ -169,6 +203,59 @@ def test_every_option_is_checked() -> None:
     }
 
 
+def test_valid_vocab_beyond_the_vocabulary() -> None:
+    for teacher in (TEACHER, torch.randn(2, 3, 13)):
+        with pytest.raises(ValueError, match=r"valid_vocab.*12.*\(2, 3, 11\)"):
+            distillation_loss(STUDENT, teacher, valid_vocab=12)
+    with pytest.raises(ValueError, match=r"same shape.*\(2, 4, 11\)"):
+        distillation_loss(STUDENT, torch.randn(2, 4, 11), valid_vocab=5)
+
+
+def test_hard_weight_without_labels() -> None:
+    with pytest.raises(ValueError, match=r"labels.*None.*hard_weight=0\.5"):
+        distillation_loss(STUDENT, TEACHER, hard_weight=0.5)
+
+
+@pytest.mark.parametrize("label", [-1, 9, 2**40])
+def test_labels_out_of_range(label: int) -> None:
+    """On the CPU as F.cross_entropy; not where the position does not count, nor where no cross entropy is asked for."""
+    labels = torch.tensor([[1, 2, label], [3, -100, 4]])
+    options: dict[str, Any] = {"valid_vocab": 9, "hard_weight": 0.5}
+    with pytest.raises(IndexError, match=rf"labels.*\[0, 9\).*{label}"):
+        distillation_loss(STUDENT, TEACHER, labels, **options)
+    assert distillation_loss(STUDENT, TEACHER, labels, mask=labels != label, **options) > 0
+    assert distillation_loss(STUDENT, TEACHER, labels, weight=(labels != label).float(), **options) > 0
+    assert distillation_loss(STUDENT, TEACHER, labels) > 0
+
+
+IN_PLACE: dict[str, tuple[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]] = {
+    "leaf": ("leaf", lambda: (STUDENT.clone().requires_grad_(), TEACHER)),
+    "view of a leaf": ("view of a leaf", lambda: (STUDENT.clone().requires_grad_()[:, :2], TEACHER[:, :2])),
+    "expanded": (
+        r"strides \(0, 11, 1\)",
+        lambda: ((STUDENT[:1].clone().requires_grad_() * 1).expand(2, 3, 11), TEACHER),
+    ),
+    "overlapping windows": (
+        r"strides \(3, 1\)",
+        lambda: ((torch.randn(30).requires_grad_() * 1).as_strided((4, 5), (3, 1)), torch.randn(4, 5)),
+    ),
+    "one tensor for both": ("share memory", lambda: (s := STUDENT.clone().requires_grad_() * 1, s)),
+    "halves of one tensor": (
+        "share memory",
+        lambda: tuple((torch.randn(2, 22).requires_grad_() * 1).chunk(2, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_in_place_over_what_must_stay(case: str) -> None:
+    says, make = IN_PLACE[case]
+    student, teacher = make()
+    with pytest.raises(ValueError, match=f"inplace_backward.*{says}"):
+        distillation_loss(student, teacher, inplace_backward=True)
+    assert distillation_loss(student, teacher) >= 0
+
+
 @pytest.mark.parametrize("option", ["beta", "skew", "alpha"])
 def test_unused_parameters_are_checked_too(option: str) -> None:
     """Rather than ignored until the divergence changes."""
@@ -194,29 +281,53 @@ def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         distillation_loss(cuda, cuda)
 
 
+OPTIONS_OF_OPERATORS = Options(1.0, 0.5, "none", "jsd", 0.5, 1.0, (1.0, 1.0), (0.0, 0.0), None)
+
+
+LABELS = torch.zeros(2).long()
+
+
+def forward(a: Any, b: Any, labels: Any = LABELS, row_scale: Any = None, **changed: Any) -> Any:
+    options = OPTIONS_OF_OPERATORS._replace(**changed)
+    return torch.ops.kldiv_ext.distillation_loss(a, b, labels, row_scale, *options, True, True)
+
+
+def backward(a: Any, b: Any, grad_output: Any, row_constants: Any) -> Any:
+    return torch.ops.kldiv_ext.distillation_loss_backward(
+        grad_output, a, b, row_constants, LABELS, None, *OPTIONS_OF_OPERATORS, True, True
+    )
+
+
 @pytest.mark.parametrize("call", [
-    lambda ops, a, b: ops.distillation_loss(a, b[:1], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a, b, None, 1.0, "average", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a, b, None, 1.0, "mean", "kl", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(1), 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(2).half(), 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a, b, torch.ones(4)[::2], 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a.long(), b.long(), None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a[:, :0], b[:, :0], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss(a[0, 0], b[0, 0], None, 1.0, "mean", "jsd", 0.5, 1.0, True, True),
-    lambda ops, a, b: ops.distillation_loss_backward(
-        torch.ones(3), a, b, torch.ones(2, 7), None, 1.0, "none", "jsd", 0.5, 1.0, True, True
-    ),
-    lambda ops, a, b: ops.distillation_loss_backward(
-        torch.ones(2), a, b, torch.ones(2, 6), None, 1.0, "none", "jsd", 0.5, 1.0, True, True
-    ),
-    lambda ops, a, b: ops.scale_(a.t(), torch.ones(())),
-    lambda ops, a, b: ops.scale_(a, torch.ones(2)),
+    lambda a, b: forward(a, b[:1]),
+    lambda a, b: forward(a, b[:, :5]),
+    lambda a, b: forward(a, b[:, :5], valid_vocab=6),
+    lambda a, b: forward(a, b, valid_vocab=0),
+    lambda a, b: forward(a, b[:1], valid_vocab=6),
+    lambda a, b: forward(a, b, reduction="average"),
+    lambda a, b: forward(a, b, divergence="kl"),
+    lambda a, b: forward(a, b, logit_scale=(1.0,)),
+    lambda a, b: forward(a, b, logit_softcap=()),
+    lambda a, b: forward(a, b, None),
+    lambda a, b: forward(a, b, torch.zeros(3).long()),
+    lambda a, b: forward(a, b, torch.zeros(2).int()),
+    lambda a, b: forward(a, b, torch.zeros(4).long()[::2]),
+    lambda a, b: forward(a, b, row_scale=torch.ones(1)),
+    lambda a, b: forward(a, b, row_scale=torch.ones(())),
+    lambda a, b: forward(a, b, row_scale=torch.ones(2).half()),
+    lambda a, b: forward(a, b, row_scale=torch.ones(4)[::2]),
+    lambda a, b: forward(a.long(), b.long()),
+    lambda a, b: forward(a[:, :0], b[:, :0]),
+    lambda a, b: forward(a[0, 0], b[0, 0]),
+    lambda a, b: backward(a, b, torch.ones(3), torch.ones(2, 8)),
+    lambda a, b: backward(a, b, torch.ones(2), torch.ones(2, 7)),
+    lambda a, b: torch.ops.kldiv_ext.scale_(a.t(), torch.ones(())),
+    lambda a, b: torch.ops.kldiv_ext.scale_(a, torch.ones(2)),
 ])  # fmt: skip
 def test_operators_called_directly_do_not_read_out_of_bounds(call: Any) -> None:
     """What Python checks beforehand; an operator repeats only what memory safety needs."""
     with pytest.raises(RuntimeError):
-        call(torch.ops.kldiv_ext, torch.randn(2, 11), torch.randn(2, 11))
+        call(torch.randn(2, 11), torch.randn(2, 11))
     still_works()
 
 

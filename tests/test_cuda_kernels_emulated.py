@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +132,83 @@ def test_loss_and_gradients(kernels: harness.Kernels, divergence: str, parameter
             per_row, student, teacher, forward["row_constants"], grad_student=False, **options
         )
         assert_gradient(alone["grad_teacher"], 0.7 * per_row.double()[:, None] * grad_teacher)
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "hard labels": {"hard_scale": 0.7},
+    "hard labels, temperature": {"hard_scale": 0.7, "temperature": 2.5, "scale": 0.3},
+    "hard labels alone": {"hard_scale": 1.3, "scale": 0.0},
+    "common scale": {"logit_scale": (0.4, 0.4), "temperature": 0.7, "hard_scale": 0.5},
+    "two scales": {"logit_scale": (0.4, 1.7), "temperature": 0.7, "hard_scale": 0.5},
+    "softcap": {"logit_softcap": (2.0, 2.0), "temperature": 1.5, "hard_scale": 0.5},
+    "softcap of one side": {"logit_softcap": (0.0, 1.5), "logit_scale": (1.0, 0.5)},
+    "padding": {"valid_vocab": 25, "hard_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(kernels: harness.Kernels, option: str, dtype: torch.dtype) -> None:
+    """Against the reference; gradients in one walk, in a walk of their own, from backward and over the logits."""
+    kernels.set_order("random", 3)
+    options: dict[str, Any] = OPTIONS[option]
+    for columns, (divergence, parameter) in itertools.product((33, 300), (("forward_kl", 0.0), ("jsd", 0.3))):
+        student, teacher = logits(3, columns, dtype)
+        student[:, options.get("valid_vocab", columns) :] = torch.nan  # padding is not read
+        labels = torch.tensor([0, 24, 11])
+        leaves = [z.double().requires_grad_() for z in (student, teacher)]
+        losses = reference.weighted_losses(
+            *(
+                reference.effective_logits(z, scale, softcap, options.get("valid_vocab"))
+                for z, scale, softcap in zip(
+                    leaves,
+                    options.get("logit_scale", (1.0, 1.0)),
+                    options.get("logit_softcap", (0.0, 0.0)),
+                    strict=True,
+                )
+            ),
+            labels,
+            options.get("scale", 1.0),
+            options.get("hard_scale", 0.0),
+            divergence,
+            parameter,
+            options.get("temperature", 1.0),
+        )
+        grad_student, grad_teacher = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+
+        arguments = {"divergence": divergence, "parameter": parameter, "labels": labels, **options}
+        if options.get("scale") == 0:
+            arguments["divergence"] = ""  # as csrc/operators.h does
+        both = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, **arguments)
+        tolerance = LOSS_TOLERANCE[harness.accumulation_dtype(student)]
+        torch.testing.assert_close(both["row_loss"].double(), losses.detach(), rtol=tolerance, atol=1e-9)
+        assert_gradient(both["grad_student"], grad_student)
+        assert_gradient(both["grad_teacher"], grad_teacher)
+        together = kernels.distillation(student, teacher, grad_student=True, offset=1, **arguments)
+        assert torch.equal(together["grad_student"], both["grad_student"])
+        one = torch.ones([], dtype=harness.accumulation_dtype(student))
+        backward = kernels.distillation_backward(one, student, teacher, both["row_constants"], **arguments)
+        assert torch.equal(backward["grad_student"], both["grad_student"])
+        assert torch.equal(backward["grad_teacher"], both["grad_teacher"])
+        for laid in (torch.clone, lambda x: x.T.contiguous().T):
+            over = laid(student)
+            backward = kernels.distillation_backward(
+                one, over, teacher, both["row_constants"], in_place=True, **arguments
+            )
+            assert torch.equal(over, both["grad_student"])
+            assert torch.equal(backward["grad_teacher"], both["grad_teacher"])
+
+
+def test_labels_out_of_range(kernels: harness.Kernels) -> None:
+    """NaN, in that row alone."""
+    student, teacher = logits(4, 20, torch.float32)
+    for label in (-1, 20, 2**32, 2**40, -(2**40)):
+        result = kernels.distillation(
+            student, teacher, grad_student=True, hard_scale=0.5, labels=torch.tensor([3, label, 0, 19])
+        )
+        for name in ("row_loss", "grad_student"):
+            rows = result[name].reshape(4, -1).isnan()
+            assert rows[1].all() and not rows[[0, 2, 3]].any(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kldiv_ext
 from kldiv_ext import DIVERGENCES, distillation_loss, kl_div, reference
-from kldiv_ext.autograd import PLAIN
+from kldiv_ext.autograd import PLAIN, Options
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:reduction. 'mean' divides",
@@ -69,59 +69,52 @@ def assert_equal(ours: Any, expected: Any) -> None:
 # ---------------------------------------------------------------- the operators
 
 
+def is_floating(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def options(**changed: Any) -> Options:
+    defaults = Options(1.0, 0.0, "mean", "forward_kl", 0.0, 1.0, (1.0, 1.0), (0.0, 0.0), None)
+    return defaults._replace(**changed)
+
+
 def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    scales = torch.tensor([0.5, 0.0, 1.0, 2.0], device=device)
+    scales, labels = torch.tensor([0.5, 0.0, 1.0, 2.0], device=device), torch.tensor([0, 9, 3, 1], device=device)
+    jsd = options(soft_scale=4.0, reduction="none", divergence="jsd", parameter=0.3, temperature=2.0)
+    everything = jsd._replace(hard_scale=0.5, logit_scale=(0.5, 2.0), logit_softcap=(3.0, 0.0), valid_vocab=10)
     for dtype, teacher_dtype in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float16)):
         student, teacher = logits(dtype=dtype, device=device), logits(dtype=teacher_dtype, device=device, seed=1)
         row_scale = scales.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        yield student, teacher, None, 1.0, "mean", "forward_kl", 0.0, 1.0, True, True
-        yield student, teacher, row_scale, 4.0, "none", "jsd", 0.3, 2.0, False, False
+        yield student, teacher, None, None, *options(), True, True
+        yield student, teacher, None, row_scale, *jsd, False, False
+        yield student, teacher[:, :11], labels, row_scale, *everything, True, True
     yield (
         logits(2, 3, 5, device=device),
         logits(2, 3, 5, device=device, seed=1),
         None,
-        1.0,
-        "batchmean",
-        "alpha",
-        0.5,
-        1.0,
+        None,
+        *options(reduction="batchmean", divergence="alpha", parameter=0.5),
         True,
         False,
     )
-    yield (
-        logits(5, device=device),
-        logits(5, device=device, seed=1),
-        None,
-        1.0,
-        "sum",
-        "reverse_kl",
-        0.0,
-        1.0,
-        False,
-        True,
-    )
-    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, 1.0, "sum", "forward_kl", 0.0, 1.0, True, True
-    yield (
-        logits(6, 4, device=device).t(),
-        logits(4, 6, device=device),
-        None,
-        1.0,
-        "mean",
-        "forward_kl",
-        0.0,
-        1.0,
-        True,
-        True,
-    )
+    row = logits(5, device=device), logits(5, device=device, seed=1)
+    yield *row, None, None, *options(reduction="sum", divergence="reverse_kl"), False, True
+    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, None, *options(reduction="sum"), True, True
+    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), None, None, *options(), True, True
 
 
 def distillation_backward_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for student, teacher, row_scale, *options, _, _ in distillation_arguments(device):
+    for student, teacher, labels, row_scale, *others, _, _ in distillation_arguments(device):
         loss, row_constants, *_ = torch.ops.kldiv_ext.distillation_loss(
-            student, teacher, row_scale, *options, False, False
+            student, teacher, labels, row_scale, *others, False, False
         )
         for wanted in ((True, True), (False, True)):
-            yield torch.ones_like(loss), student, teacher, row_constants, row_scale, *options, *wanted
+            yield torch.ones_like(loss), student, teacher, row_constants, labels, row_scale, *others, *wanted
+
+
+def distillation_in_place_arguments(device: str) -> Iterator[tuple[Any, ...]]:
+    for *arguments, _, grad_teacher in distillation_backward_arguments(device):
+        yield *arguments, grad_teacher
 
 
 def scale_arguments(device: str) -> Iterator[tuple[Any, ...]]:
@@ -151,6 +144,7 @@ def kl_div_backward_arguments(device: str) -> Iterator[tuple[Any, ...]]:
 OPERATORS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], int]] = {
     "distillation_loss": (distillation_arguments, 1),
     "distillation_loss_backward": (distillation_backward_arguments, 0),
+    "distillation_loss_backward_": (distillation_in_place_arguments, 0),
     "scale_": (scale_arguments, 0),
     "kl_div": (kl_div_arguments, 1),
     "kl_div_backward": (kl_div_backward_arguments, 2),
@@ -179,7 +173,7 @@ def test_opcheck(device: str, name: str) -> None:
     for sample in arguments(device):
         torch.library.opcheck(operator, sample)
         if name in DIFFERENTIABLE:
-            tracked = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in sample]
+            tracked = [a.clone().requires_grad_() if is_floating(a) else a for a in sample]
             torch.library.opcheck(operator, tuple(tracked))
 
 
@@ -187,7 +181,7 @@ def test_opcheck(device: str, name: str) -> None:
 def test_undifferentiable_operators_raise(device: str, name: str) -> None:
     arguments, _ = OPERATORS[name]
     for sample in arguments(device):
-        tracked = [a.clone().requires_grad_() * 1 if isinstance(a, Tensor) else a for a in sample]
+        tracked = [a.clone().requires_grad_() * 1 if is_floating(a) else a for a in sample]
         with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
             getattr(torch.ops.kldiv_ext, name)(*tracked)
 
@@ -276,6 +270,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "number of items": {"num_items": 7},
     "number of items as a tensor": {"num_items": torch.tensor(7), "mask": MASK},
     "temperature": {"temperature": 2.0, "scale_by_temperature_squared": True},
+    "hard labels": {"labels": LABELS, "hard_weight": 0.3, "temperature": 2.0},
+    "hard labels, none": {"labels": LABELS, "hard_weight": 0.3, "soft_weight": 0.0, "reduction": "none"},
+    "padding": {"valid_vocab": 30},
+    "softcap and scales": {"logit_softcap": 2.0, "logit_scale": (0.5, None), "divergence": "jsd"},
 }
 
 
@@ -284,6 +282,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_compiled_options(device: str, options: str, dynamic: bool) -> None:
     values = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in OPTIONS[options].items()}
     assert_compiles(functools.partial(distillation_loss, **values), pair(device=device), dynamic)
+
+
+def test_in_place_has_no_effect_where_nothing_is_written(device: str) -> None:
+    """Under the compiler and in torch.func transforms."""
+    tensors = pair(device=device)
+    expected = run(distillation_loss, *tensors)
+    in_place = functools.partial(distillation_loss, inplace_backward=True)
+    assert_equal(run(compiled(in_place), *tensors), expected)
+    assert_equal(run(compiled(lambda s, t: in_place(s * 1, t)), *tensors), expected)
+    loss, pull = vjp(in_place, *tensors)
+    assert_close([loss, *pull(torch.ones_like(loss))], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -441,6 +450,21 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda s, t: distillation_loss(s, t, mask=t.detach()[..., 0] < 0.5),
         lambda s, t: reference.distillation_loss(s, t, mask=t.detach()[..., 0] < 0.5),
     ),
+    "every option": (
+        lambda s, t: distillation_loss(s, t, s.detach()[..., :6].argmin(-1), **EVERY_OPTION),
+        lambda s, t: reference.distillation_loss(s, t, s.detach()[..., :6].argmin(-1), **EVERY_OPTION),
+    ),
+}
+EVERY_OPTION: dict[str, Any] = {
+    "divergence": "skew_reverse_kl",
+    "hard_weight": 0.3,
+    "soft_weight": 0.5,
+    "temperature": 1.5,
+    "scale_by_temperature_squared": True,
+    "valid_vocab": 5,
+    "ignore_index": 5,
+    "logit_softcap": (2.0, None),
+    "logit_scale": (0.5, 1.5),
 }
 
 OPERATOR_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -449,7 +473,9 @@ OPERATOR_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] 
         lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="sum"),
     ),
     "distillation_loss": (
-        lambda s, t: torch.ops.kldiv_ext.distillation_loss(s, t, None, 1.0, "sum", "jsd", 0.5, 1.0, False, False)[0],
+        lambda s, t: torch.ops.kldiv_ext.distillation_loss(
+            s, t, None, None, *options(reduction="sum", divergence="jsd", parameter=0.5), False, False
+        )[0],
         lambda s, t: reference.distillation_loss(s, t, divergence="jsd", reduction="sum"),
     ),
 }

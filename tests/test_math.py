@@ -171,6 +171,12 @@ def natural(dtype: DType) -> np.ndarray[Any, Any]:
     return (exponents(dtype) * math.log(2) * 0.999).astype(dtype)
 
 
+def capped(dtype: DType) -> np.ndarray[Any, Any]:
+    """On both sides of 0, until the slope is hardly a normal number."""
+    grid = spread(dtype, small(dtype), 40)
+    return np.concatenate([-grid, grid]).astype(dtype)
+
+
 CLAIMS = {
     "exp2": Claim(lambda x: mpmath.power(2, x), exponents),
     "exp2_floored": Claim(lambda x: mpmath.power(2, x), exponents),
@@ -182,6 +188,8 @@ CLAIMS = {
     "log1p": Claim(mpmath.log1p, above_minus_one),
     "log1p_shortfall": Claim(lambda x: x - mpmath.log1p(x), below_zero),
     "log1p_shortfall above 0": Claim(lambda x: x - mpmath.log1p(x), above_zero, float32=1e-6, float64=2e-15),
+    "softcap": Claim(mpmath.tanh, capped),
+    "softcap_slope": Claim(lambda x: mpmath.sech(x) ** 2, capped, by_argument=True),
 }
 
 
@@ -211,6 +219,8 @@ SPECIAL = {
     "exp": {0: 1, -INF: 0, NAN: NAN, -1e30: "tiny"},  # a probability is 0 only where its logarithm is -inf
     "exp_any": {0: 1, -INF: 0, NAN: NAN, -1e30: 0, 1e30: INF, INF: INF},
     "log": {1: 0, 0: -INF, -1: NAN, -INF: NAN, INF: INF, NAN: NAN},
+    "softcap": {0: 0, INF: 1, -INF: -1, NAN: NAN, 1e30: 1},
+    "softcap_slope": {0: 1, INF: 0, -INF: 0, NAN: NAN},
     "decay_expm1": {0: 0, INF: -1, NAN: NAN, 1e30: -1},
     "decay_excess": {0: 0, INF: INF, NAN: NAN, 1e30: 1e30},
     "log1p": {0: 0},

@@ -50,11 +50,14 @@ const acc_t* stage(const Matrix& matrix, int64_t row_offset, int64_t begin, int6
 template <typename acc_t>
 class Sink {
  public:
-  acc_t* open(const Output& output, Dtype acc_dtype, int64_t offset, int64_t n) {
+  // `shared`: what is still to be read lies where the output goes.
+  acc_t* open(const Output& output, Dtype acc_dtype, int64_t offset, int64_t n, int64_t stride = 1,
+              bool shared = false) {
     output_ = output;
     offset_ = offset;
     n_ = n;
-    direct_ = output.dtype == acc_dtype && n % kLanes<acc_t> == 0;
+    stride_ = stride;
+    direct_ = output.dtype == acc_dtype && n % kLanes<acc_t> == 0 && stride == 1 && !shared;
     return direct_ ? static_cast<acc_t*>(output.data) + offset : buffer_;
   }
 
@@ -64,22 +67,32 @@ class Sink {
       using scalar_t = decltype(type);
       scalar_t* out = static_cast<scalar_t*>(output_.data) + offset_;
       int64_t i = 0;
-      for (; i + kLanes<acc_t> <= n_; i += kLanes<acc_t>) store_as(out + i, load(buffer_ + i));
-      for (; i < n_; ++i) out[i] = narrow<scalar_t>(buffer_[i]);
+      if (stride_ == 1) {
+        for (; i + kLanes<acc_t> <= n_; i += kLanes<acc_t>) store_as(out + i, load(buffer_ + i));
+      }
+      for (; i < n_; ++i) out[i * stride_] = narrow<scalar_t>(buffer_[i]);
     });
   }
 
  private:
   Output output_;
-  int64_t offset_, n_;
+  int64_t offset_, n_, stride_;
   bool direct_ = true;
   alignas(64) acc_t buffer_[kChunk];
 };
 
-inline void fill_zero(const Output& output, int64_t offset, int64_t n) {
-  if (output.data == nullptr) return;
-  dispatch_dtype(output.dtype, [&](auto type) {
-    __builtin_memset(static_cast<decltype(type)*>(output.data) + offset, 0, n * sizeof(type));
+// Columns from `begin` on.
+inline void fill_zero(const LogitsGradient& gradient, int64_t row, int64_t begin) {
+  if (gradient.out.data == nullptr || begin == gradient.columns) return;
+  const int64_t stride = gradient.layout.column_stride;
+  dispatch_dtype(gradient.out.dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    scalar_t* out = static_cast<scalar_t*>(gradient.out.data) + gradient.layout.offset(row);
+    if (stride == 1) {
+      __builtin_memset(out + begin, 0, (gradient.columns - begin) * sizeof(scalar_t));
+    } else {
+      for (int64_t i = begin; i < gradient.columns; ++i) out[i * stride] = scalar_t{};
+    }
   });
 }
 
@@ -193,22 +206,26 @@ class RowWalk {
   RowWalk(const DistillationArgs& args, const Divergence& divergence)
       : args_(args),
         divergence_(divergence),
-        inverse_temperature_(static_cast<acc_t>(1 / args.temperature)),
+        scaling_(args),
         chunks_(chunks_of(args.columns)),
         states_(new RowState<acc_t>[chunks_]),
         sums_(new RowSums<acc_t>[chunks_]),
-        student_(args.grad_student, Divergence::kGradQSumsToZero, args),
-        teacher_(args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
+        student_(args.student, scaling_.student, args.grad_student, Divergence::kGradQSumsToZero, args),
+        teacher_(args.teacher, scaling_.teacher, args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
 
   template <typename ForEachChunk>
   void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
     acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
     auto* constants = static_cast<RowConstants<acc_t>*>(args_.row_constants) + row;
-    acc_t scale = static_cast<acc_t>(args_.scale);
-    if (args_.row_scale) scale *= static_cast<const acc_t*>(args_.row_scale)[row];
-    if (scale == 0) {  // a position that does not count is not read
-      fill_zero(args_.grad_student, row * args_.columns, args_.columns);
-      fill_zero(args_.grad_teacher, row * args_.columns, args_.columns);
+    acc_t soft = static_cast<acc_t>(args_.soft_scale), hard = static_cast<acc_t>(args_.hard_scale);
+    if (args_.row_scale) {
+      const acc_t scale = static_cast<const acc_t*>(args_.row_scale)[row];
+      soft *= scale;
+      hard *= scale;
+    }
+    if (soft == 0 && hard == 0) {  // a position that does not count is not read
+      fill_zero(args_.grad_student, row, 0);
+      fill_zero(args_.grad_teacher, row, 0);
       if (loss) {
         *loss = 0;
         *constants = RowConstants<acc_t>();
@@ -220,71 +237,86 @@ class RowWalk {
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk); });
       *constants = RowConstants<acc_t>(
-          fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, inverse_temperature_); }),
-          inverse_temperature_);
+          fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }), scaling_);
+      *loss = hard == 0 ? 0 : hard * cross_entropy(row, *constants);
     }
-    if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
+    const acc_t grad =
+        args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     // 0 * shift makes the whole row NaN where one of its logits is.
-    const acc_t factor = scale * inverse_temperature_ + 0 * constants->shift;
+    const Factors factors = {soft * grad * scaling_.inverse_temperature + 0 * constants->shift,
+                             hard * grad * scaling_.hard_inverse_temperature};
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        sums_[chunk] = !together ? pass<true, false, true>(row, chunk, *constants, factor)
-                       : teacher ? pass<true, true, true>(row, chunk, *constants, factor)
-                                 : pass<true, true, false>(row, chunk, *constants, factor);
+        sums_[chunk] = !together ? pass<true, false, true>(row, chunk, *constants, factors)
+                       : teacher ? pass<true, true, true>(row, chunk, *constants, factors)
+                                 : pass<true, true, false>(row, chunk, *constants, factors);
       });
       const RowSums<acc_t> sums = fold(sums_.get(), chunks_, [](const auto& a, const auto& b) { return a + b; });
       constants->set_sums(sums);
-      *loss = scale * sums.term;
+      *loss += soft * sums.term;
     }
     if (!gradients) return;
     for_each_chunk(chunks_, [&](int64_t chunk) {
       if (!together) {
-        teacher ? pass<false, true, true>(row, chunk, *constants, factor)
-                : pass<false, true, false>(row, chunk, *constants, factor);
+        teacher ? pass<false, true, true>(row, chunk, *constants, factors)
+                : pass<false, true, false>(row, chunk, *constants, factors);
         return;
       }
-      finish_side(row, chunk, args_.student, student_, constants->student_max, constants->student_log2_sum,
-                  constants->sum_grad_q, factor);
-      finish_side(row, chunk, args_.teacher, teacher_, constants->teacher_max, constants->teacher_log2_sum,
-                  constants->sum_grad_p, factor);
+      finish_side(row, chunk, student_, constants->student_max, constants->student_log2_sum, constants->sum_grad_q,
+                  *constants, factors);
+      finish_side(row, chunk, teacher_, constants->teacher_max, constants->teacher_log2_sum, constants->sum_grad_p,
+                  *constants, factors);
     });
+    fill_zero(args_.grad_student, row, args_.columns);
+    fill_zero(args_.grad_teacher, row, args_.columns);
   }
 
  private:
-  // One side's gradient, and where its bare derivatives wait for their sum: in the gradient itself where it has room
-  // for all their digits, else in a row that each thread keeps, unless that would be large.
-  struct Gradient {
+  // What multiplies a row's gradient of the divergence and of the cross entropy.
+  struct Factors {
+    acc_t soft, hard;
+  };
+
+  // One side: its logits, its gradient, and where the gradient's bare derivatives wait for their sum: in the gradient
+  // itself where it has room for all their digits, else in a row that each thread keeps, unless that would be large.
+  struct Side {
     static constexpr int64_t kLongest = 131072;  // half a megabyte of float
 
-    Gradient(const Output& output, bool sums_to_zero, const DistillationArgs& args)
-        : output(output), wanted(output.data != nullptr), waits(wanted && !sums_to_zero) {
-      if (!waits || output.dtype == args.acc_dtype()) {
-        bare = output;
-        bare_row_size = args.columns;
+    Side(const Matrix& logits, const LogitMap<acc_t>& map, const LogitsGradient& gradient, bool sums_to_zero,
+         const DistillationArgs& args)
+        : logits(logits),
+          map(map),
+          gradient(gradient),
+          wanted(gradient.out.data != nullptr),
+          waits(wanted && !sums_to_zero),
+          shared(wanted && gradient.out.data == logits.data) {
+      if (!waits || (gradient.out.dtype == args.acc_dtype() && gradient.layout.column_stride == 1)) {
+        bare = gradient;
       } else if (args.row_loss && args.columns <= kLongest) {
         row.reset(new acc_t[args.columns]);
-        bare = {row.get(), args.acc_dtype()};
+        bare.out = {row.get(), args.acc_dtype()};
       }
-      can_wait = !waits || bare.data;
+      can_wait = !waits || bare.out.data;
     }
 
-    const Output output;
+    const Matrix& logits;
+    const LogitMap<acc_t> map;
+    const LogitsGradient& gradient;
     const bool wanted, waits;
+    const bool shared;  // the gradient lies over the logits
     bool can_wait;
-    Output bare;
-    int64_t bare_row_size = 0;
+    LogitsGradient bare;
     std::unique_ptr<acc_t[]> row;
   };
 
-  // One side of a chunk of a row, as acc_t.
+  // One side of a chunk of a row, mapped, as acc_t.
   class Chunk {
    public:
-    Chunk(const Matrix& matrix, int64_t row, int64_t index, int64_t columns)
+    Chunk(const Side& side, int64_t row, int64_t index, int64_t columns)
         : begin(index * kChunk),
           size(columns - begin < kChunk ? columns - begin : kChunk),
           padded_size(padded<acc_t>(size)),
-          // Padding is a column with p = q = 0.
-          data(stage(matrix, matrix.layout.offset(row), begin, size, -infinity<acc_t>(), buffer_)) {}
+          data(mapped(side, row)) {}
     Chunk(const Chunk&) = delete;
 
     const int64_t begin, size;
@@ -292,6 +324,15 @@ class RowWalk {
     const acc_t* const data;
 
    private:
+    const acc_t* mapped(const Side& side, int64_t row) {
+      const acc_t padding = -infinity<acc_t>();  // a column with p = q = 0
+      const acc_t* logits = stage(side.logits, side.logits.layout.offset(row), begin, size, padding, buffer_);
+      if (side.map.is_identity()) return logits;
+      for (int i = 0; i < padded_size; i += kLanes<acc_t>) store(buffer_ + i, side.map(load(logits + i)));
+      for (int64_t i = size; i < padded_size; ++i) buffer_[i] = padding;
+      return buffer_;
+    }
+
     alignas(64) acc_t buffer_[kChunk];
   };
 
@@ -303,55 +344,108 @@ class RowWalk {
     return {static_cast<const char*>(matrix.data) + (offset + column * stride) * size, stride * size};
   }
 
+  bool has_label(int64_t row) const { return args_.labels[row] >= 0 && args_.labels[row] < args_.columns; }
+
+  // NaN for a label that is no column.
+  acc_t cross_entropy(int64_t row, const RowConstants<acc_t>& constants) const {
+    if (!has_label(row)) return nan<acc_t>();
+    acc_t logit[kLanes<acc_t>];
+    stage(student_.logits, student_.logits.layout.offset(row), args_.labels[row], 1, acc_t(0), logit);
+    return constants.cross_entropy(student_.map(logit[0]), scaling_.hard_inverse_temperature);
+  }
+
   RowState<acc_t> state(int64_t row, int64_t index) const {
-    const Chunk teacher(args_.teacher, row, index, args_.columns), student(args_.student, row, index, args_.columns);
+    const Chunk teacher(teacher_, row, index, args_.columns), student(student_, row, index, args_.columns);
     const int64_t next = teacher.begin + kChunk;
-    return {log_sum_exp(teacher.data, teacher.padded_size, inverse_temperature_, prefetch(args_.teacher, row, next)),
-            log_sum_exp(student.data, student.padded_size, inverse_temperature_, prefetch(args_.student, row, next))};
+    const acc_t inverse_temperature = scaling_.inverse_temperature;
+    const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
+    RowState<acc_t> state;
+    state.teacher =
+        log_sum_exp(teacher.data, teacher.padded_size, inverse_temperature, prefetch(args_.teacher, row, next));
+    state.student =
+        log_sum_exp(student.data, student.padded_size, inverse_temperature, prefetch(args_.student, row, next));
+    if (args_.labels) {
+      state.hard = hard_inverse_temperature == inverse_temperature
+                       ? state.student
+                       : log_sum_exp(student.data, student.padded_size, hard_inverse_temperature,
+                                     prefetch(args_.student, row, next));
+    }
+    return state;
   }
 
   template <bool kSums, bool kStore, bool kTeacher>
-  RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, acc_t factor) const {
-    const Chunk teacher(args_.teacher, row, index, args_.columns), student(args_.student, row, index, args_.columns);
+  RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, const Factors& factors) const {
+    const Chunk teacher(teacher_, row, index, args_.columns), student(student_, row, index, args_.columns);
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    const auto open = [&](Sink<acc_t>& sink, const Gradient& gradient) {
-      return kSums ? sink.open(gradient.bare, args_.acc_dtype(), row * gradient.bare_row_size + teacher.begin,
-                               teacher.size)
-                   : sink.open(gradient.output, args_.acc_dtype(), row * args_.columns + teacher.begin, teacher.size);
-    };
-    if (kStore && student_.wanted) grad_student = open(student_sink, student_);
-    if (kStore && kTeacher) grad_teacher = open(teacher_sink, teacher_);
+    if (kStore && student_.wanted) grad_student = open<kSums>(student_sink, student_, row, student);
+    if (kStore && kTeacher) grad_teacher = open<kSums>(teacher_sink, teacher_, row, teacher);
     const RowSums<acc_t> sums = evaluate<kSums, kStore, kTeacher>(
-        divergence_, constants, teacher.data, student.data, teacher.padded_size, inverse_temperature_, factor,
-        grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
+        divergence_, constants, teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
+        factors.soft, grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
         prefetch(args_.student, row + 1, teacher.begin));
+    if (grad_student && !(kSums && student_.waits)) complete(student_, student, row, constants, factors, grad_student);
+    if (grad_teacher && !(kSums && teacher_.waits)) complete(teacher_, teacher, row, constants, factors, grad_teacher);
     student_sink.commit();
     teacher_sink.commit();
     return sums;
   }
 
-  void finish_side(int64_t row, int64_t index, const Matrix& logits, const Gradient& gradient, acc_t max,
-                   acc_t log2_sum, acc_t sum, acc_t factor) const {
-    if (!gradient.waits) return;
-    const Chunk chunk(logits, row, index, args_.columns);
+  template <bool kBare>
+  acc_t* open(Sink<acc_t>& sink, const Side& side, int64_t row, const Chunk& chunk) const {
+    const LogitsGradient& to = kBare ? side.bare : side.gradient;
+    const int64_t stride = to.layout.column_stride;
+    return sink.open(to.out, args_.acc_dtype(), to.layout.offset(row) + chunk.begin * stride, chunk.size, stride,
+                     side.shared);
+  }
+
+  // What makes the divergence's gradient by mapped logits the whole gradient by stored ones: the cross entropy's part,
+  // softmax less one at the label, and the chain rule through softcap and scale.
+  void complete(const Side& side, const Chunk& chunk, int64_t row, const RowConstants<acc_t>& constants,
+                const Factors& factors, acc_t* gradient) const {
+    if (&side == &student_ && factors.hard != 0) {
+      const acc_t factor = has_label(row) ? factors.hard : nan<acc_t>();
+      const acc_t per_bit = scaling_.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
+      for (int i = 0; i < chunk.padded_size; i += kLanes<acc_t>) {
+        const Vec<acc_t> softmax =
+            exp2((load(chunk.data + i) - constants.student_max) * per_bit - constants.hard_log2_sum);
+        store(gradient + i, load(gradient + i) + softmax * factor);
+      }
+      const int64_t label = args_.labels[row] - chunk.begin;
+      if (label >= 0 && label < chunk.size) gradient[label] -= factor;
+    }
+    if (!side.map.is_identity()) {
+      alignas(64) acc_t buffer[kChunk];
+      const acc_t* logits =
+          stage(side.logits, side.logits.layout.offset(row), chunk.begin, chunk.size, acc_t(0), buffer);
+      for (int i = 0; i < chunk.padded_size; i += kLanes<acc_t>) {
+        store(gradient + i, load(gradient + i) * side.map.slope(load(logits + i)));
+      }
+    }
+  }
+
+  void finish_side(int64_t row, int64_t index, const Side& side, acc_t max, acc_t log2_sum, acc_t sum,
+                   const RowConstants<acc_t>& constants, const Factors& factors) const {
+    if (!side.waits) return;
+    const Chunk chunk(side, row, index, args_.columns);
     alignas(64) acc_t bare_buffer[kChunk];
-    const acc_t* bare = stage({gradient.bare.data, gradient.bare.dtype, {}}, row * gradient.bare_row_size, chunk.begin,
+    const acc_t* bare = stage({side.bare.out.data, side.bare.out.dtype, {}}, side.bare.layout.offset(row), chunk.begin,
                               chunk.size, acc_t(0), bare_buffer);
     Sink<acc_t> sink;
-    acc_t* out = sink.open(gradient.output, args_.acc_dtype(), row * args_.columns + chunk.begin, chunk.size);
-    finish(bare, chunk.data, chunk.padded_size, max, log2_sum, inverse_temperature_, sum, factor, out,
-           prefetch(logits, row + 1, chunk.begin));
+    acc_t* out = open<false>(sink, side, row, chunk);
+    finish(bare, chunk.data, chunk.padded_size, max, log2_sum, scaling_.inverse_temperature, sum, factors.soft, out,
+           prefetch(side.logits, row + 1, chunk.begin));
+    complete(side, chunk, row, constants, factors, out);
     sink.commit();
   }
 
   const DistillationArgs& args_;
   const Divergence divergence_;
-  const acc_t inverse_temperature_;
+  const Scaling<acc_t> scaling_;
   const int64_t chunks_;
   const std::unique_ptr<RowState<acc_t>[]> states_;
   const std::unique_ptr<RowSums<acc_t>[]> sums_;
-  const Gradient student_, teacher_;
+  const Side student_, teacher_;
 };
 
 template <typename acc_t, typename Divergence>

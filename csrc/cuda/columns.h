@@ -28,8 +28,9 @@ template <typename acc_t, typename Divergence>
 struct Columns {
   const Divergence& divergence;
   const RowConstants<acc_t>& row;
-  acc_t inverse_temperature;
-  acc_t factor;  // multiplies gradients
+  const Scaling<acc_t>& scaling;
+  acc_t factor, hard_factor;  // multiply the gradients of the divergence and of the cross entropy
+  uint32_t label;
 
   // Phase 2; the gradients' sums where nobody knows them to be 0.
   KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
@@ -56,6 +57,17 @@ struct Columns {
       gradient.x[i] = divergence.grad_q(x) * factor;
     }
     return sum;
+  }
+
+  // The cross entropy's part of the student's gradient: softmax less one at the label.
+  KLDIV_DEVICE void add_cross_entropy(const Group<acc_t>& student, uint32_t first, Group<acc_t>& gradient) const {
+    if (hard_factor == 0) return;
+    const acc_t per_bit = scaling.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
+      const acc_t softmax = exp2((student.x[i] - row.student_max) * per_bit - row.hard_log2_sum);
+      gradient.x[i] += (softmax - (first + i == label ? 1 : 0)) * hard_factor;
+    }
   }
 
   // Phase 3.
@@ -87,7 +99,7 @@ struct Columns {
   }
 
   KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
-    return make_pair(teacher.x[i], student.x[i], row, inverse_temperature);
+    return make_pair(teacher.x[i], student.x[i], row, scaling.inverse_temperature);
   }
 };
 

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../math.h"
+#include "../logits.h"
 #include "../scalar_types.h"
 #include "device.h"
 
@@ -76,35 +76,48 @@ KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>
   }
 }
 
-// One side of a row, columns [first, first + n) at a time. DenseSide: scalar_t, side by side.
+// One side of a row, columns [first, first + n) at a time. DenseSide: scalar_t, side by side, as they are.
 template <typename scalar_t>
 class DenseSide {
  public:
   using acc_t = AccOf<scalar_t>;
 
-  KLDIV_DEVICE DenseSide(const Matrix& matrix, int64_t row)
+  KLDIV_DEVICE DenseSide(const Matrix& matrix, const LogitMap<acc_t>&, int64_t row)
       : row_(static_cast<const scalar_t*>(matrix.data) + matrix.layout.offset(row)) {}
 
   template <Use use>
   KLDIV_DEVICE Group<acc_t> load(uint32_t first, int n, acc_t padding) const {
     return load_group<use>(row_ + first, n, padding);
   }
+  // What d loss / d mapped logits means for the stored ones.
+  KLDIV_DEVICE Group<acc_t> chained(const Group<acc_t>& gradient, uint32_t, int) const { return gradient; }
 
-  KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
-    store_group(static_cast<scalar_t*>(output.data) + first, n, group);
+  // A row of a gradient, and its columns [first, first + n).
+  using Target = scalar_t*;
+  KLDIV_DEVICE static Target target(const LogitsGradient& to, int64_t row) {
+    return static_cast<scalar_t*>(to.out.data) + to.layout.offset(row);
+  }
+  KLDIV_DEVICE static void store(const LogitsGradient&, Target row, int64_t first, int n, const Group<acc_t>& group) {
+    store_group(row + first, n, group);
   }
 
  private:
   const scalar_t* row_;
 };
 
-// Groups of any dtype and stride. Calls, not inlined: kernels would lose their registers to addresses.
+// Groups of any dtype and stride.
 template <typename acc_t>
-KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
-                                        acc_t padding) {
+KLDIV_DEVICE Group<acc_t> gather(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n, acc_t padding) {
   Group<acc_t> group;
   dispatch_dtype(dtype, [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(data) + offset;
+    using scalar_t = decltype(type);
+    const auto* from = static_cast<const scalar_t*>(data) + offset;
+    if constexpr (std::is_same_v<AccOf<scalar_t>, acc_t>) {
+      if (stride == 1) {
+        group = load_group<Use::kAgain>(from, n, padding);
+        return;
+      }
+    }
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = i < n ? widen<acc_t>(from[i * stride]) : padding;
   });
@@ -112,37 +125,91 @@ KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t o
 }
 
 template <typename acc_t>
-KLDIV_DEVICE_CALL void store_any(void* data, Dtype dtype, int64_t offset, int n, Group<acc_t> group) {
+KLDIV_DEVICE void scatter(void* data, Dtype dtype, int64_t offset, int64_t stride, int n, const Group<acc_t>& group) {
   dispatch_dtype(dtype, [&](auto type) {
-    auto* to = static_cast<decltype(type)*>(data) + offset;
+    using scalar_t = decltype(type);
+    auto* to = static_cast<scalar_t*>(data) + offset;
+    if constexpr (std::is_same_v<AccOf<scalar_t>, acc_t>) {
+      if (stride == 1) return store_group(to, n, group);
+    }
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      if (i < n) to[i] = narrow<decltype(type)>(group.x[i]);
+      if (i < n) to[i * stride] = narrow<scalar_t>(group.x[i]);
     }
   });
 }
 
-// Any dtype and any stride, element by element: for what is too rare to deserve kernels of its own.
+// Calls, not inlined: kernels would lose their registers to addresses.
+template <typename acc_t>
+KLDIV_DEVICE_CALL Group<acc_t> load_any(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
+                                        acc_t padding) {
+  return gather(data, dtype, offset, stride, n, padding);
+}
+
+template <typename acc_t>
+KLDIV_DEVICE_CALL void store_any(void* data, Dtype dtype, int64_t offset, int64_t stride, int n, Group<acc_t> group) {
+  scatter(data, dtype, offset, stride, n, group);
+}
+
+template <typename acc_t>
+KLDIV_DEVICE_CALL Group<acc_t> load_mapped(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
+                                           acc_t padding, LogitMap<acc_t> map) {
+  Group<acc_t> group = gather(data, dtype, offset, stride, n, padding);
+  if (map.is_identity()) return group;
+  KLDIV_UNROLL
+  for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = i < n ? map(group.x[i]) : padding;
+  return group;
+}
+
+// The map's derivatives.
+template <typename acc_t>
+KLDIV_DEVICE_CALL Group<acc_t> load_slopes(const void* data, Dtype dtype, int64_t offset, int64_t stride, int n,
+                                           LogitMap<acc_t> map) {
+  Group<acc_t> group = gather(data, dtype, offset, stride, n, acc_t(0));
+  KLDIV_UNROLL
+  for (int i = 0; i < kGroup<acc_t>; ++i) group.x[i] = map.slope(group.x[i]);
+  return group;
+}
+
+// Any dtype, any stride, scaled or capped: what is too rare to deserve kernels of its own.
 template <typename acc>
 class AnySide {
  public:
   using acc_t = acc;
 
-  KLDIV_DEVICE AnySide(const Matrix& matrix, int64_t row) : matrix_(matrix), row_(matrix.layout.offset(row)) {}
+  KLDIV_DEVICE AnySide(const Matrix& matrix, const LogitMap<acc_t>& map, int64_t row)
+      : matrix_(matrix), map_(map), row_(row) {}
 
   template <Use>
   KLDIV_DEVICE Group<acc_t> load(uint32_t first, int n, acc_t padding) const {
     const int64_t stride = matrix_.layout.column_stride;
-    return load_any(matrix_.data, matrix_.dtype, row_ + first * stride, stride, n, padding);
+    return load_mapped(matrix_.data, matrix_.dtype, offset(first), stride, n, padding, map_);
+  }
+  KLDIV_DEVICE Group<acc_t> chained(Group<acc_t> gradient, uint32_t first, int n) const {
+    if (map_.is_identity()) return gradient;
+    const int64_t stride = matrix_.layout.column_stride;
+    const Group<acc_t> slopes = load_slopes(matrix_.data, matrix_.dtype, offset(first), stride, n, map_);
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) gradient.x[i] *= slopes.x[i];
+    return gradient;
   }
 
-  KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
-    store_any(output.data, output.dtype, first, n, group);
+  using Target = int64_t;  // its index: an address would take registers
+  KLDIV_DEVICE static Target target(const LogitsGradient&, int64_t row) { return row; }
+  KLDIV_DEVICE static void store(const LogitsGradient& to, Target row, int64_t first, int n,
+                                 const Group<acc_t>& group) {
+    const int64_t stride = to.layout.column_stride;
+    store_any(to.out.data, to.out.dtype, to.layout.offset(row) + first * stride, stride, n, group);
   }
 
  private:
+  KLDIV_DEVICE int64_t offset(uint32_t first) const {
+    return matrix_.layout.offset(row_) + first * matrix_.layout.column_stride;
+  }
+
   const Matrix& matrix_;
-  const int64_t row_;  // where it begins
+  const LogitMap<acc_t>& map_;
+  const int64_t row_;
 };
 
 // Calls body(first, n) for every group of `count` elements that falls to this one of `threads` threads. index_t must

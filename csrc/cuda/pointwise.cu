@@ -30,7 +30,7 @@ struct AnyElements {
                                              acc_t padding) {
     const auto within_row = [&](int64_t row, int64_t column, int count) {
       const int64_t stride = matrix.layout.column_stride;
-      return load_any(matrix.data, matrix.dtype, matrix.layout.offset(row) + column * stride, stride, count, padding);
+      return gather(matrix.data, matrix.dtype, matrix.layout.offset(row) + column * stride, stride, count, padding);
     };
     int64_t row = first / columns, column = first - row * columns;
     if (column + n <= columns) return within_row(row, column, n);
@@ -45,8 +45,8 @@ struct AnyElements {
     }
     return group;
   }
-  KLDIV_DEVICE static void store(const Output& output, int64_t first, int n, const Group<acc_t>& group) {
-    store_any(output.data, output.dtype, first, n, group);
+  KLDIV_DEVICE_CALL static void store(const Output& output, int64_t first, int n, Group<acc_t> group) {
+    scatter(output.data, output.dtype, first, 1, n, group);
   }
 };
 

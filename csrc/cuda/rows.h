@@ -13,35 +13,57 @@ class RowWalk {
  public:
   using acc_t = typename Side::acc_t;
 
-  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence, acc_t inverse_temperature)
-      : args_(args), divergence_(divergence), inverse_temperature_(inverse_temperature) {}
+  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence, const Scaling<acc_t>& scaling)
+      : args_(args), divergence_(divergence), scaling_(scaling) {}
 
   KLDIV_DEVICE void operator()(int64_t row) const {
     const bool forward = args_.row_loss != nullptr;
-    acc_t scale = static_cast<acc_t>(args_.scale);
-    if (args_.row_scale) scale *= static_cast<const acc_t*>(args_.row_scale)[row];
-    if (scale == 0) {  // a position that does not count is not read
-      fill_zero(args_.grad_student, row);
-      fill_zero(args_.grad_teacher, row);
+    acc_t soft = static_cast<acc_t>(args_.soft_scale), hard = static_cast<acc_t>(args_.hard_scale);
+    if (args_.row_scale) {
+      const acc_t scale = static_cast<const acc_t*>(args_.row_scale)[row];
+      soft *= scale;
+      hard *= scale;
+    }
+    if (soft == 0 && hard == 0) {  // a position that does not count is not read
+      fill_zero(args_.grad_student, row, 0);
+      fill_zero(args_.grad_teacher, row, 0);
       if (forward) save(row, 0, RowConstants<acc_t>());
       return;
     }
-    const Side teacher(args_.teacher, row), student(args_.student, row);
-    const bool gradients = args_.grad_student.data || args_.grad_teacher.data;
-    const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.data;
-    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student), inverse_temperature_)
+    const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
+    const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
+    const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
+    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student), scaling_)
                                             : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
-    if (args_.grad_output) scale *= static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride];
+    uint32_t label = 0;
+    if (hard != 0) {
+      const int64_t wanted = args_.labels[row];
+      // A label that is no column makes the row NaN: to raise would be to wait for the device.
+      const bool is_column = wanted >= 0 && wanted < args_.columns;
+      label = is_column ? static_cast<uint32_t>(wanted) : 0;
+      if (!is_column) hard = nan<acc_t>();
+    }
+    const acc_t grad =
+        args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     // 0 * shift makes the whole row NaN where one of its logits is.
-    const acc_t factor = scale * inverse_temperature_ + 0 * constants.shift;
-    const Columns<acc_t, Divergence> columns{divergence_, constants, inverse_temperature_, factor};
+    const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.shift;
+    const acc_t hard_factor = hard * grad * scaling_.hard_inverse_temperature;
+    const Columns<acc_t, Divergence> columns{divergence_, constants, scaling_, factor, hard_factor, label};
     if (forward) {
+      acc_t loss = 0;
+      if (hard != 0) {
+        const acc_t logit = student.template load<Use::kAgain>(label, 1, 0).x[0];
+        loss = hard * constants.cross_entropy(logit, scaling_.hard_inverse_temperature);
+      }
       const RowSums<acc_t> total =
           together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
       constants.set_sums(total);
-      save(row, scale * total.term, constants);
+      save(row, loss + soft * total.term, constants);
     }
-    if (gradients && !(forward && together)) write_gradients(columns, teacher, student, row);
+    if (!gradients) return;
+    if (!(forward && together)) write_gradients(columns, teacher, student, row);
+    fill_zero(args_.grad_student, row, args_.columns);
+    fill_zero(args_.grad_teacher, row, args_.columns);
   }
 
  private:
@@ -58,12 +80,18 @@ class RowWalk {
 
   // Phase 1.
   KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student) const {
+    const acc_t inverse_temperature = scaling_.inverse_temperature;
+    const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
+    const bool one_temperature = inverse_temperature == hard_inverse_temperature;
+    const bool apart = args_.labels && !one_temperature;
     RowState<acc_t> mine;
     walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
-      mine.teacher = extended(mine.teacher, t, inverse_temperature_);
-      mine.student = extended(mine.student, s, inverse_temperature_);
+      mine.teacher = extended(mine.teacher, t, inverse_temperature);
+      mine.student = extended(mine.student, s, inverse_temperature);
+      if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
     });
-    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, inverse_temperature_); });
+    if (args_.labels && one_temperature) mine.hard = mine.student;
+    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
   }
 
   // Phase 2.
@@ -79,10 +107,12 @@ class RowWalk {
                                                  int64_t row) const {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
+      const auto to = Side::target(args_.grad_student, row);
       walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
         Group<acc_t> gradient;
         mine.term += columns.sum_with_gradient(t, s, gradient);
-        Side::store(args_.grad_student, row * args_.columns + first, n, gradient);
+        columns.add_cross_entropy(s, first, gradient);
+        store(args_.grad_student, to, student, gradient, first, n);
       });
     }
     return block_reduce(mine, Plus());
@@ -91,11 +121,23 @@ class RowWalk {
   // Phase 3.
   KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student,
                                     int64_t row) const {
+    const auto to_student = Side::target(args_.grad_student, row);
+    const auto to_teacher = Side::target(args_.grad_teacher, row);
     walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
-      const int64_t offset = row * args_.columns + first;
-      if (args_.grad_student.data) Side::store(args_.grad_student, offset, n, columns.student_gradient(t, s));
-      if (args_.grad_teacher.data) Side::store(args_.grad_teacher, offset, n, columns.teacher_gradient(t, s));
+      if (args_.grad_student.out.data) {
+        Group<acc_t> gradient = columns.student_gradient(t, s);
+        columns.add_cross_entropy(s, first, gradient);
+        store(args_.grad_student, to_student, student, gradient, first, n);
+      }
+      if (args_.grad_teacher.out.data) {
+        store(args_.grad_teacher, to_teacher, teacher, columns.teacher_gradient(t, s), first, n);
+      }
     });
+  }
+
+  KLDIV_DEVICE static void store(const LogitsGradient& to, typename Side::Target row, const Side& side,
+                                 const Group<acc_t>& gradient, uint32_t first, int n) {
+    Side::store(to, row, first, n, side.chained(gradient, first, n));
   }
 
   KLDIV_DEVICE void save(int64_t row, acc_t loss, const RowConstants<acc_t>& constants) const {
@@ -104,35 +146,36 @@ class RowWalk {
     static_cast<RowConstants<acc_t>*>(args_.row_constants)[row] = constants;
   }
 
-  KLDIV_DEVICE void fill_zero(const Output& output, int64_t row) const {
-    if (output.data == nullptr) return;
-    for_each_group<acc_t, uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
-      Side::store(output, row * args_.columns + first, n, Group<acc_t>{});
-    });
+  // Columns from `begin` on.
+  KLDIV_DEVICE void fill_zero(const LogitsGradient& gradient, int64_t row, int64_t begin) const {
+    if (gradient.out.data == nullptr || begin == gradient.columns) return;
+    const auto to = Side::target(gradient, row);
+    const auto body = [&](uint32_t first, int n) { Side::store(gradient, to, begin + first, n, Group<acc_t>{}); };
+    for_each_group<acc_t, uint32_t>(gradient.columns - begin, device::thread(), device::threads(), body);
   }
 
   const DistillationArgs& args_;
   const Divergence& divergence_;
-  const acc_t inverse_temperature_;
+  const Scaling<acc_t>& scaling_;
 };
 
 template <typename Side, typename Divergence>
 KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
 distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
-            typename Side::acc_t inverse_temperature) {
-  const RowWalk<Side, Divergence> walk(args, divergence, inverse_temperature);
+            KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
+  const RowWalk<Side, Divergence> walk(args, divergence, scaling);
   for (int64_t row = device::block(); row < args.rows; row += device::blocks()) walk(row);
 }
 
 // Host side, for one kind of Side.
 template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream) {
+  using acc_t = typename Side::acc_t;
   dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
-    // The quotient is made here: many GPUs are slow in double.
-    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows),
-                   row_threads<typename Side::acc_t>(args.columns), stream, args, divergence,
-                   static_cast<typename Side::acc_t>(1 / args.temperature));
+    // Quotients are made here: many GPUs are slow in double.
+    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads<acc_t>(args.columns), stream, args,
+                   divergence, Scaling<acc_t>(args));
   });
 }
 

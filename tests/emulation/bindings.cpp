@@ -8,6 +8,7 @@
 
 namespace {
 
+using kldiv::LogitsGradient;
 using kldiv::Matrix;
 using kldiv::Output;
 
@@ -31,9 +32,11 @@ void emulated_set_order(int order, uint32_t seed) {
   kldiv::emulation::set_order(static_cast<kldiv::emulation::Order>(order), seed);
 }
 
-const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const Output* grad_student,
-                                  const Output* grad_teacher, int64_t rows, int64_t columns, const char* divergence,
-                                  double parameter, double temperature, double scale, const void* row_scale,
+const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,
+                                  const LogitsGradient* grad_teacher, int64_t rows, int64_t columns,
+                                  const char* divergence, double parameter, double temperature, double scale,
+                                  double hard_scale, double student_scale, double teacher_scale, double student_cap,
+                                  double teacher_cap, const int64_t* labels, const void* row_scale,
                                   const void* grad_output, int64_t grad_output_stride, void* row_constants,
                                   void* row_loss, void* loss) {
   kldiv::DistillationArgs args;
@@ -46,7 +49,13 @@ const char* emulated_distillation(const Matrix* student, const Matrix* teacher, 
   args.divergence = divergence;
   args.parameter = parameter;
   args.temperature = temperature;
-  args.scale = scale;
+  args.soft_scale = scale;
+  args.hard_scale = hard_scale;
+  args.student_scale = student_scale;
+  args.teacher_scale = teacher_scale;
+  args.student_cap = student_cap;
+  args.teacher_cap = teacher_cap;
+  args.labels = labels;
   args.row_scale = row_scale;
   args.grad_output = grad_output;
   args.grad_output_stride = grad_output_stride;

@@ -23,7 +23,7 @@ KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 MAX_DIMS = 8
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in the order of kldiv::Dtype
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
-CONSTANTS = 7  # RowConstants::kCount
+CONSTANTS = 8  # RowConstants::kCount
 
 
 # ---------------------------------------------------------------- building
@@ -104,6 +104,16 @@ def _output(tensor: Tensor | None) -> Output:
     return Output() if tensor is None else Output(tensor.data_ptr(), DTYPES.index(tensor.dtype))
 
 
+class LogitsGradient(ctypes.Structure):
+    _fields_ = (("out", Output), ("layout", RowLayout), ("columns", ctypes.c_int64))
+
+
+def _logits_gradient(tensor: Tensor | None) -> LogitsGradient:
+    if tensor is None:
+        return LogitsGradient()
+    return LogitsGradient(_output(tensor), _matrix(tensor).layout, tensor.shape[-1])
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -157,13 +167,11 @@ class Kernels:
         teacher: Tensor,
         divergence: str = "forward_kl",
         parameter: float = 0.0,
-        temperature: float = 1.0,
-        scale: float = 1.0,
-        row_scale: Tensor | None = None,
         grad_student: bool = False,
         grad_teacher: bool = False,
         reduce: bool = False,
         offset: int = 0,
+        **options: Any,
     ) -> dict[str, Tensor]:
         rows, dtype, guarded = student[..., 0].numel(), accumulation_dtype(student, teacher), Guarded(offset)
         out = {
@@ -176,7 +184,7 @@ class Kernels:
             out["grad_student"] = guarded.new(student.shape, student.dtype)
         if grad_teacher:
             out["grad_teacher"] = guarded.new(teacher.shape, teacher.dtype)
-        self._distillation(student, teacher, divergence, parameter, temperature, scale, row_scale, None, out)
+        self._distillation(student, teacher, None, out, divergence, parameter, **options)
         guarded.check()
         return out
 
@@ -188,20 +196,19 @@ class Kernels:
         row_constants: Tensor,
         divergence: str = "forward_kl",
         parameter: float = 0.0,
-        temperature: float = 1.0,
-        scale: float = 1.0,
-        row_scale: Tensor | None = None,
         grad_student: bool = True,
         grad_teacher: bool = True,
         offset: int = 0,
+        in_place: bool = False,
+        **options: Any,
     ) -> dict[str, Tensor]:
         guarded = Guarded(offset)
         out = {"row_constants": row_constants}
         if grad_student:
-            out["grad_student"] = guarded.new(student.shape, student.dtype)
+            out["grad_student"] = student if in_place else guarded.new(student.shape, student.dtype)
         if grad_teacher:
             out["grad_teacher"] = guarded.new(teacher.shape, teacher.dtype)
-        self._distillation(student, teacher, divergence, parameter, temperature, scale, row_scale, grad_output, out)
+        self._distillation(student, teacher, grad_output, out, divergence, parameter, **options)
         guarded.check()
         return out
 
@@ -209,26 +216,35 @@ class Kernels:
         self,
         student: Tensor,
         teacher: Tensor,
-        divergence: str,
-        parameter: float,
-        temperature: float,
-        scale: float,
-        row_scale: Tensor | None,
         grad_output: Tensor | None,
         out: dict[str, Tensor],
+        divergence: str,
+        parameter: float,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        row_scale: Tensor | None = None,
+        labels: Tensor | None = None,
+        hard_scale: float = 0.0,
+        logit_scale: tuple[float, float] = (1.0, 1.0),
+        logit_softcap: tuple[float, float] = (0.0, 0.0),
+        valid_vocab: int | None = None,
     ) -> None:
         self._call(
             "emulated_distillation",
             _matrix(student),
             _matrix(teacher),
-            _output(out.get("grad_student")),
-            _output(out.get("grad_teacher")),
+            _logits_gradient(out.get("grad_student")),
+            _logits_gradient(out.get("grad_teacher")),
             student[..., 0].numel(),
-            student.shape[-1],
+            valid_vocab or student.shape[-1],
             divergence.encode(),
             parameter,
             temperature,
             scale,
+            hard_scale,
+            *logit_scale,
+            *logit_softcap,
+            _pointer(labels),
             _pointer(row_scale),
             _pointer(grad_output),
             int(grad_output is not None and grad_output.dim() > 0),

@@ -81,17 +81,22 @@ void distil(Dtype student_dtype, Dtype teacher_dtype, int64_t columns, int64_t o
   const Buffer constants(acc, rows * RowConstants<float>::kCount), row_loss(acc, rows), loss(acc, 1);
   const Buffer grad_student(student_dtype, rows * columns, offset), grad_teacher(teacher_dtype, rows * columns, offset);
   args.row_constants = constants.data();
+  const auto gradient = [&](const Buffer& buffer, Dtype dtype) {
+    LogitsGradient to{{buffer.data(), dtype}, matrix(buffer, dtype, columns, 1).layout, columns};
+    to.layout.sizes[0] = rows;
+    return to;
+  };
   args.parameter = 0.3;
   for (const char* divergence : {"forward_kl", "skew_reverse_kl"}) {
     args.divergence = divergence;
     args.row_loss = row_loss.data();
     args.loss = loss.data();
-    args.grad_student = {grad_student.data(), student_dtype};
+    args.grad_student = gradient(grad_student, student_dtype);
     args.grad_teacher = {};
     cuda::distillation(args, nullptr);
     expect(std::isfinite(number(loss, acc)), "distillation");
     args.row_loss = args.loss = nullptr;
-    args.grad_teacher = {grad_teacher.data(), teacher_dtype};
+    args.grad_teacher = gradient(grad_teacher, teacher_dtype);
     cuda::distillation(args, nullptr);
   }
 }

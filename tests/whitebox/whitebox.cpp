@@ -1,5 +1,5 @@
-// math.h, divergences.h and row_state.h over numpy arrays, for tests/test_math.py: as scalars, and as the vectors of
-// the one instruction set that this module is compiled for.
+// math.h, logits.h, divergences.h and row_state.h over numpy arrays, for tests/test_math.py: as scalars, and as the
+// vectors of the one instruction set that this module is compiled for.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -60,7 +60,7 @@ Pair<T> column(const Array<T>& teacher, const Array<T>& student, int64_t i, cons
 template <typename S>
 RowConstants<S> normalised() {
   RowConstants<S> row;
-  row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.shift = 0;
+  row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = row.shift = 0;
   row.sum_grad_q = row.sum_grad_p = 0;
   return row;
 }
@@ -86,6 +86,8 @@ void bind(py::module_ m) {
   KLDIV_UNARY(decay_excess, Decay<T>(x).excess);
   KLDIV_UNARY(log1p, Log1p<T>(x).value);
   KLDIV_UNARY(log1p_shortfall, Log1p<T>(x).shortfall);
+  KLDIV_UNARY(softcap, LogitMap<S>{1, 1}(x));
+  KLDIV_UNARY(softcap_slope, LogitMap<S>{1, 1}.slope(x));
 #undef KLDIV_UNARY
 
   // (larger, gap, expm1, excess, teacher_is_larger) of columns given by their two log-probabilities
@@ -119,8 +121,12 @@ template <typename S>
   });
   // (teacher_max, teacher_log2_sum, student_max, student_log2_sum, shift) of a row
   m.def("row_constants", [](State teacher, State student, S inverse_temperature) {
-    const RowState<S> state{{teacher.first, teacher.second}, {student.first, student.second}};
-    const RowConstants<S> row(state, inverse_temperature);
+    RowState<S> state;
+    state.teacher = {teacher.first, teacher.second};
+    state.student = {student.first, student.second};
+    Scaling<S> scaling({});
+    scaling.inverse_temperature = inverse_temperature;
+    const RowConstants<S> row(state, scaling);
     return py::make_tuple(row.teacher_max, row.teacher_log2_sum, row.student_max, row.student_log2_sum, row.shift);
   });
 }
