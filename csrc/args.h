@@ -48,28 +48,35 @@ struct LogitsGradient {
   int64_t columns = 0;  // of a whole row: what lies beyond DistillationArgs::columns becomes 0
 };
 
-// acc_t below is float, or double where either input is double.
-struct DistillationArgs {
-  Matrix student, teacher;  // logits
-  LogitsGradient grad_student, grad_teacher;
+// What is read: two sides' logits, row by row. acc_t below is float, or double where either side is double.
+struct LogitsArgs {
+  Matrix student, teacher;
   int64_t rows = 0, columns = 0;                // a row may be longer: the rest is padding and never read
   double student_scale = 1, teacher_scale = 1;  // multiply the logits
   double student_cap = 0, teacher_cap = 0;      // then cap * tanh(z / cap), unless cap is 0
-  double temperature = 1;                       // of the divergence alone
-  std::string_view divergence;                  // empty for none
+  double temperature = 1;
+  const int64_t* labels = nullptr;  // [rows]; out of [0, columns) the result is NaN; null where there are none
+  const void* row_scale = nullptr;  // [rows] acc_t, multiplies a row's loss; a row whose scale is 0 is never read
+  Dtype acc_dtype() const {
+    return student.dtype == Dtype::kFloat64 || teacher.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  }
+};
+
+struct DistillationArgs : LogitsArgs {
+  LogitsGradient grad_student, grad_teacher;
+  std::string_view divergence;  // empty for none
   double parameter = 0;
   double soft_scale = 1;              // multiplies every row's divergence
-  double hard_scale = 0;              // multiplies every row's cross entropy
-  const int64_t* labels = nullptr;    // [rows]; out of [0, columns) the row is NaN; null without a cross entropy
-  const void* row_scale = nullptr;    // [rows] acc_t, multiplies the row's loss; a row whose scale is 0 is never read
+  double hard_scale = 0;              // multiplies every row's cross entropy against labels, at temperature 1
   const void* grad_output = nullptr;  // acc_t, multiplies gradients; [rows] or, with stride 0, one for all
   int64_t grad_output_stride = 0;
   void* row_constants = nullptr;  // [rows, RowConstants::kCount] acc_t; written by forward, read by backward
   void* row_loss = nullptr;       // [rows] acc_t; null in backward
   void* loss = nullptr;           // [] acc_t, the sum of row_loss; or null
-  Dtype acc_dtype() const {
-    return student.dtype == Dtype::kFloat64 || teacher.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  }
+};
+
+struct TokenStatsArgs : LogitsArgs {
+  void* row_stats = nullptr;  // [rows, RowStats::kCount] acc_t
 };
 
 // KL divergence of given log-probabilities. Forward where `loss` or `output` is set, backward where a gradient is.

@@ -42,7 +42,7 @@ struct Scaling {
   acc_t inverse_temperature;       // of the divergence
   acc_t hard_inverse_temperature;  // of the cross entropy
 
-  explicit Scaling(const DistillationArgs& args) {
+  explicit Scaling(const LogitsArgs& args) {
     const bool common = args.student_scale == args.teacher_scale && args.student_cap == 0 && args.teacher_cap == 0;
     if (!common) {
       student = {static_cast<acc_t>(args.student_scale), static_cast<acc_t>(args.student_cap)};

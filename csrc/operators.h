@@ -120,14 +120,11 @@ inline LogitsGradient logits_gradient(Tensor& gradient) {
   return {output(gradient), row_layout(gradient), columns_of(gradient)};
 }
 
-inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
-                                          const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale,
-                                          double soft_scale, double hard_scale, const std::string& reduction,
-                                          const std::string& divergence, double parameter, double temperature,
-                                          const std::vector<double>& scales, const std::vector<double>& softcaps,
-                                          std::optional<int64_t> valid_vocab) {
+inline void set_logits(LogitsArgs& args, const char* op, const Tensor& student, const Tensor& teacher,
+                       const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale, double temperature,
+                       const std::vector<double>& scales, const std::vector<double>& softcaps,
+                       std::optional<int64_t> valid_vocab) {
   check_pair(op, student, teacher, valid_vocab.has_value());
-  DistillationArgs args;
   args.student = matrix(student);
   args.teacher = matrix(teacher);
   args.rows = rows_of(student);
@@ -141,16 +138,7 @@ inline DistillationArgs distillation_args(const char* op, const Tensor& student,
   args.student_cap = softcaps[0];
   args.teacher_cap = softcaps[1];
   args.temperature = temperature;
-  STD_TORCH_CHECK(dispatch_divergence(divergence, parameter, [](const auto&) {}), "kldiv_ext::", op,
-                  ": unknown divergence ", divergence);
-  const double per_item = 1 / divisor(reduction, args.rows, student);
-  args.soft_scale = soft_scale * per_item;
-  args.hard_scale = hard_scale * per_item;
-  // What has no weight is not there at all: 0, and not 0 * inf.
-  if (soft_scale != 0) args.divergence = divergence;
-  args.parameter = parameter;
-  STD_TORCH_CHECK(hard_scale == 0 || labels.has_value(), "kldiv_ext::", op, ": hard_scale needs labels");
-  if (hard_scale != 0) {
+  if (labels.has_value()) {
     check_rows(op, "labels", *labels, ScalarType::Long, args.rows, student);
     args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
   }
@@ -158,6 +146,26 @@ inline DistillationArgs distillation_args(const char* op, const Tensor& student,
     check_rows(op, "row_scale", *row_scale, scalar_type_of(args.acc_dtype()), args.rows, student);
     args.row_scale = row_scale->const_data_ptr();
   }
+}
+
+inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
+                                          const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale,
+                                          double soft_scale, double hard_scale, const std::string& reduction,
+                                          const std::string& divergence, double parameter, double temperature,
+                                          const std::vector<double>& scales, const std::vector<double>& softcaps,
+                                          std::optional<int64_t> valid_vocab) {
+  DistillationArgs args;
+  set_logits(args, op, student, teacher, labels, row_scale, temperature, scales, softcaps, valid_vocab);
+  STD_TORCH_CHECK(hard_scale == 0 || labels.has_value(), "kldiv_ext::", op, ": hard_scale needs labels");
+  if (hard_scale == 0) args.labels = nullptr;
+  STD_TORCH_CHECK(dispatch_divergence(divergence, parameter, [](const auto&) {}), "kldiv_ext::", op,
+                  ": unknown divergence ", divergence);
+  // What has no weight is not there at all: 0, and not 0 * inf.
+  if (soft_scale != 0) args.divergence = divergence;
+  args.parameter = parameter;
+  const double per_item = 1 / divisor(reduction, args.rows, student);
+  args.soft_scale = soft_scale * per_item;
+  args.hard_scale = hard_scale * per_item;
   return args;
 }
 
@@ -233,6 +241,19 @@ Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor te
   if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return teacher_gradient;
+}
+
+template <typename Device>
+Tensor token_stats(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_scale,
+                   double temperature, std::vector<double> scales, std::vector<double> softcaps,
+                   std::optional<int64_t> valid_vocab) {
+  TokenStatsArgs args;
+  set_logits(args, "token_stats", student, teacher, labels, row_scale, temperature, scales, softcaps, valid_vocab);
+  Tensor stats =
+      torch::stable::new_empty(student, {args.rows, RowStats<float>::kCount}, scalar_type_of(args.acc_dtype()));
+  args.row_stats = stats.mutable_data_ptr();
+  Device::token_stats(args, student);
+  return stats;
 }
 
 template <typename Device>
@@ -323,6 +344,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
   m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                     \
   m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>));   \
   m.impl("distillation_loss_backward_", TORCH_BOX(&::kldiv::distillation_loss_backward_<Device>)); \
+  m.impl("token_stats", TORCH_BOX(&::kldiv::token_stats<Device>));                                 \
   m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                           \
   m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                           \
   m.impl("kl_div_backward", TORCH_BOX(&::kldiv::kl_div_backward<Device>))

@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   m.def(
       "distillation_loss_backward_(Tensor grad_output, Tensor(a!) student, Tensor teacher, Tensor "
       "row_constants, " KLDIV_OPTIONS ", bool grad_teacher) -> Tensor grad_teacher");
+  // Row by row, [rows, 9]: what kldiv_ext.TokenStats lists; zeros where row_scale is 0.
+  m.def(
+      "token_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_scale, float temperature, "
+      "float[] logit_scale, float[] logit_softcap, int? valid_vocab) -> Tensor");
   // gradient *= factor ([]), without a host read of the factor and without a write where it is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   // F.kl_div: [] in the accumulation type or, with reduction none, input's shape.

@@ -28,15 +28,49 @@ struct LogSumExp {
   }
 };
 
+// e^{(logit - offset) / T} of both sides, and what the teacher's exceeds the student's: of two close rows nothing else
+// tells the log-sum-exps apart. In float two exponentials' own roundings would hide it where they are close.
+template <typename T>
+struct ExpPair {
+  T teacher, student, difference;
+
+  KLDIV_HD ExpPair(T teacher_logit, T student_logit, Scalar<T> teacher_offset, Scalar<T> student_offset,
+                   Scalar<T> inverse_temperature) {
+    const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
+    teacher = exp2_floored((teacher_logit - teacher_offset) * per_bit);
+    student = exp2_floored((student_logit - student_offset) * per_bit);
+    difference = teacher - student;
+    if constexpr (kIsFloat<T>) {
+      const T d = ((teacher_logit - student_logit) - (teacher_offset - student_offset)) * inverse_temperature;
+      const T expm1 = d * (d * (d * (1.0f / 6) + 0.5f) + 1);  // relative error 2e-7 where it is used
+      difference = absolute(d) < 1.0f / 64 ? student * expm1 : difference;
+    }
+  }
+};
+
 template <typename acc_t>
 struct RowState {
   LogSumExp<acc_t> teacher, student;
+  acc_t difference = 0;   // teacher.sum - student.sum, but with digits of its own
   LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
 
   KLDIV_HD RowState merged(const RowState& other, const Scaling<acc_t>& scaling) const {
-    return {teacher.merged(other.teacher, scaling.inverse_temperature),
-            student.merged(other.student, scaling.inverse_temperature),
-            hard.merged(other.hard, scaling.hard_inverse_temperature)};
+    RowState both;
+    both.teacher.max = maximum(teacher.max, other.teacher.max);
+    both.student.max = maximum(student.max, other.student.max);
+    both.add_rescaled(*this, scaling.inverse_temperature);
+    both.add_rescaled(other, scaling.inverse_temperature);
+    both.hard = hard.merged(other.hard, scaling.hard_inverse_temperature);
+    return both;
+  }
+
+  // Adds the sums of a part whose maxima are at most these.
+  KLDIV_HD void add_rescaled(const RowState& part, acc_t inverse_temperature) {
+    const ExpPair<acc_t> factor(part.teacher.max, part.student.max, teacher.offset(), student.offset(),
+                                inverse_temperature);
+    teacher.sum += part.teacher.sum * factor.teacher;
+    student.sum += part.student.sum * factor.student;
+    difference += part.difference * factor.student + part.teacher.sum * factor.difference;
   }
 };
 
@@ -67,9 +101,7 @@ struct RowConstants {
         student_max(state.student.max),
         student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
         hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
-        // One logarithm of the ratio: for close rows the difference of two would lose their common digits.
-        shift((state.teacher.max - state.student.max) * scaling.inverse_temperature +
-              log(state.teacher.sum / state.student.sum)),
+        shift((state.teacher.max - state.student.max) * scaling.inverse_temperature + log_ratio(state)),
         sum_grad_q(0),
         sum_grad_p(0) {}
 
@@ -79,17 +111,25 @@ struct RowConstants {
     sum_grad_p = sums.grad_p + 0 * sums.grad_p;
   }
 
-  // -log softmax of the student at a label's logit.
-  KLDIV_HD acc_t cross_entropy(acc_t logit, acc_t hard_inverse_temperature) const {
-    return (student_max - logit) * hard_inverse_temperature + hard_log2_sum * static_cast<acc_t>(kLn2);
+ private:
+  // log(teacher.sum / student.sum), of close rows by their difference.
+  KLDIV_HD static acc_t log_ratio(const RowState<acc_t>& state) {
+    const acc_t excess = state.difference / state.student.sum;
+    return absolute(excess) < static_cast<acc_t>(0.25) ? Log1p<acc_t>(excess).value
+                                                       : log(state.teacher.sum / state.student.sum);
   }
 
- private:
   // A row without any mass (all -inf) is NaN.
   KLDIV_HD static acc_t log_sum(const LogSumExp<acc_t>& state) {
     return state.max == -infinity<acc_t>() ? nan<acc_t>() : log(state.sum);
   }
 };
+
+// -log softmax at a logit of a row.
+template <typename acc_t>
+KLDIV_HD acc_t cross_entropy(acc_t logit, acc_t max, acc_t log2_sum, acc_t inverse_temperature) {
+  return (max - logit) * inverse_temperature + log2_sum * static_cast<acc_t>(kLn2);
+}
 
 // One column from its two logits; T is acc_t or a vector of it.
 template <typename T>
@@ -108,6 +148,63 @@ KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& 
                               (student - row.student_max) * per_bit - row.student_log2_sum));
   return x;
 }
+
+// The sums of phase 2 that tell about a position rather than train on it.
+template <typename T>
+struct StatsSums {
+  T forward_kl{}, reverse_kl{};
+  T teacher_drop{}, student_drop{};  // how far below the largest logit a draw lies on average, over T
+
+  KLDIV_HD StatsSums operator+(const StatsSums& other) const {
+    return {forward_kl + other.forward_kl, reverse_kl + other.reverse_kl, teacher_drop + other.teacher_drop,
+            student_drop + other.student_drop};
+  }
+  KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row,
+                               Scalar<T> inverse_temperature) {
+    const Pair<T> x = make_pair(teacher, student, row, inverse_temperature);
+    return {ForwardKL().term(x), ReverseKL().term(x),
+            drop(x.teacher(), (row.teacher_max - teacher) * inverse_temperature),
+            drop(x.student(), (row.student_max - student) * inverse_temperature)};
+  }
+
+ private:
+  KLDIV_HD static T drop(T probability, T below) { return probability == 0 ? T{} : probability * below; }
+};
+
+// What token_stats tells of a row, in the order of kldiv_ext.TokenStats.
+template <typename acc_t>
+struct RowStats {
+  static constexpr int kCount = 9;
+  acc_t forward_kl, reverse_kl;
+  acc_t student_entropy, teacher_entropy;
+  acc_t student_logsumexp, teacher_logsumexp;  // of logits / T
+  acc_t student_label_log_prob, teacher_label_log_prob;
+  acc_t top1_agreement;  // 1 or 0
+
+  RowStats() = default;
+  // From the labels' logits, and whether the largest ones are in the same column.
+  KLDIV_HD RowStats(const RowConstants<acc_t>& row, const StatsSums<acc_t>& sums, acc_t inverse_temperature,
+                    acc_t student_label, acc_t teacher_label, bool agree) {
+    // A position where one side is broken is NaN throughout.
+    const acc_t zero = 0 * row.shift;
+    const acc_t student_log_sum = natural(row.student_log2_sum) + zero;
+    const acc_t teacher_log_sum = natural(row.teacher_log2_sum) + zero;
+    forward_kl = sums.forward_kl;
+    reverse_kl = sums.reverse_kl;
+    student_entropy = student_log_sum + sums.student_drop;
+    teacher_entropy = teacher_log_sum + sums.teacher_drop;
+    student_logsumexp = row.student_max * inverse_temperature + student_log_sum;
+    teacher_logsumexp = row.teacher_max * inverse_temperature + teacher_log_sum;
+    student_label_log_prob =
+        zero - cross_entropy(student_label, row.student_max, row.student_log2_sum, inverse_temperature);
+    teacher_label_log_prob =
+        zero - cross_entropy(teacher_label, row.teacher_max, row.teacher_log2_sum, inverse_temperature);
+    top1_agreement = agree && zero == 0 ? 1 : 0;
+  }
+
+ private:
+  KLDIV_HD static acc_t natural(acc_t log2) { return log2 * static_cast<acc_t>(kLn2); }
+};
 
 }  // namespace KLDIV_ISA
 }  // namespace kldiv

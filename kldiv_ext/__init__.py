@@ -2,7 +2,7 @@
 
 from . import reference
 from ._library import DIVERGENCES as _DIVERGENCES
-from .functional import distillation_loss, kl_div
+from .functional import TokenStats, distillation_loss, kl_div, token_stats
 from .modules import DistillationLoss, KLDivLoss
 
 __version__ = "0.1.0"
@@ -10,4 +10,13 @@ __version__ = "0.1.0"
 DIVERGENCES: tuple[str, ...] = tuple(_DIVERGENCES)
 """The names that `distillation_loss` takes as `divergence`."""
 
-__all__ = ["DIVERGENCES", "DistillationLoss", "KLDivLoss", "distillation_loss", "kl_div", "reference"]
+__all__ = [
+    "DIVERGENCES",
+    "DistillationLoss",
+    "KLDivLoss",
+    "TokenStats",
+    "distillation_loss",
+    "kl_div",
+    "reference",
+    "token_stats",
+]

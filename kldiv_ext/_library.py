@@ -40,6 +40,9 @@ library = torch.library.Library("kldiv_ext", "IMPL")
 ROW_CONSTANTS = 8
 """How many numbers per row the operator `distillation_loss` keeps for its backward."""
 
+ROW_STATS = 9
+"""How many numbers per row `token_stats` returns."""
+
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and losses: float64 if any tensor is, else float32."""
@@ -81,6 +84,12 @@ def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> t
 @torch.library.register_fake("kldiv_ext::distillation_loss_backward_")
 def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
     return _gradient(teacher, options[-1])
+
+
+@torch.library.register_fake("kldiv_ext::token_stats")
+def _(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
+    rows = student.numel() // student.shape[-1]
+    return student.new_empty([rows, ROW_STATS], dtype=accumulation_dtype(student, teacher))
 
 
 @torch.library.register_fake("kldiv_ext::scale_")

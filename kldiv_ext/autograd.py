@@ -270,7 +270,7 @@ def _plain_kl_div_backward_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[
 
 def _not_differentiable(outputs: Any, *args: Any) -> Any:
     raise NotImplementedError(
-        "kldiv_ext: this gradient cannot be differentiated again; kldiv_ext.reference.distillation_loss can"
+        "kldiv_ext: this operator cannot be differentiated; kldiv_ext.reference has what can, any number of times"
     )
 
 
@@ -278,6 +278,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "distillation_loss": _plain_distillation_op,
     "distillation_loss_backward": _not_differentiable,
     "distillation_loss_backward_": _not_differentiable,
+    "token_stats": _not_differentiable,
     "scale_": _not_differentiable,
     "kl_div": _plain_kl_div_op,
     "kl_div_backward": _plain_kl_div_backward_op,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, reference
 from ._library import DIVERGENCES, accumulation_dtype
 from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss, plain_kl_div, plain_needed
 
@@ -300,6 +301,112 @@ def distillation_loss(
     return loss.reshape(batch) if reduction == "none" else loss
 
 
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; every tensor is ``[...]``, in nats where it has a unit."""
+
+    forward_kl: Tensor
+    """KL(p‖q) = Σ p (log p - log q)."""
+    reverse_kl: Tensor
+    """KL(q‖p)."""
+    student_entropy: Tensor
+    """-Σ q log q."""
+    teacher_entropy: Tensor
+    """-Σ p log p."""
+    student_logsumexp: Tensor
+    """log Σ exp(student_logits / T)."""
+    teacher_logsumexp: Tensor
+    """log Σ exp(teacher_logits / T)."""
+    student_label_log_prob: Tensor | None
+    """log q at the label; None without labels."""
+    teacher_label_log_prob: Tensor | None
+    """log p at the label; None without labels."""
+    top1_agreement: Tensor
+    """bool: whether both sides' largest logit, the first of equal ones, is in the same column."""
+
+
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+) -> TokenStats:
+    r"""What there is to know about student and teacher at every position, from one reading of the logits, in nats.
+
+    With p = softmax(teacher_logits / T) and q = softmax(student_logits / T): both Kullback-Leibler divergences, both
+    entropies, both log-sum-exps, both log-probabilities of the label, and whether the two agree on the most probable
+    token. For evaluation and for logging: nothing has a gradient, and nothing of the size of the logits is allocated.
+
+    Args:
+        student_logits: ``[..., V]`` float64, float32, float16 or bfloat16; any strides.
+        teacher_logits: ``[..., V]``, the same shape; the dtype may differ.
+        labels: ``[...]`` int64; positions whose label is ``ignore_index`` do not count.
+        temperature: divides the logits, > 0; all results are at this temperature.
+        mask: ``[...]`` bool, True where a position counts.
+        ignore_index: the label of positions that do not count.
+        valid_vocab, logit_softcap, logit_scale: as in `distillation_loss`.
+
+    Returns:
+        A `TokenStats` of ``[...]`` tensors, float32 (float64 if either input is) but for the bool; zeros and False
+        where a position does not count. Positions that do not count are never read. A position where one side is all
+        -inf, or holds +inf or NaN, is NaN throughout.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `distillation_loss` with ``hard_weight`` does.
+
+    Equivalent to, for the first and the last::
+
+        log_q, log_p = (torch.log_softmax(z.float() / temperature, -1) for z in (student_logits, teacher_logits))
+        forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        top1_agreement = log_q.argmax(-1) == log_p.argmax(-1)
+    """
+    check_options(
+        temperature=temperature,
+        ignore_index=ignore_index,
+        valid_vocab=valid_vocab,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    _check_logits(student_logits, teacher_logits, valid_vocab)
+    student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
+    batch = student_logits.shape[:-1]
+    counts = _row_scale(student_logits, teacher_logits, labels, mask, None, ignore_index, "none", None)
+    if plain_needed(student_logits, teacher_logits):
+        plain = reference.token_stats(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=temperature,
+            mask=mask,
+            ignore_index=ignore_index,
+            valid_vocab=valid_vocab,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+        )
+        dtype = accumulation_dtype(student_logits, teacher_logits)
+        return TokenStats(*(v if v is None or v.dtype == torch.bool else v.to(dtype) for v in plain))  # type: ignore[arg-type]
+    if labels is not None:
+        labels = labels.reshape(-1).contiguous()
+        _check_label_range(labels, counts, valid_vocab or student_logits.shape[-1])
+    stats = _library.ops.token_stats(
+        student_logits,
+        teacher_logits,
+        labels,
+        counts,
+        float(temperature),
+        _pair(logit_scale, 1.0),
+        _pair(logit_softcap, 0.0),
+        valid_vocab,
+    )
+    *values, agreement = (column.reshape(batch) for column in stats.unbind(-1))
+    return TokenStats(*values[:6], *(values[6:] if labels is not None else (None, None)), agreement != 0)  # type: ignore[call-arg]
+
+
 def _pair(
     value: float | tuple[float | None, float | None] | list[float | None] | None, default: float
 ) -> tuple[float, float]:
@@ -346,20 +453,20 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, valid_vocab: i
 
 
 def check_options(
-    divergence: str,
-    beta: float,
-    skew: float,
-    alpha: float,
-    temperature: float,
-    scale_by_temperature_squared: bool,
-    soft_weight: float,
-    hard_weight: float,
-    ignore_index: int,
-    reduction: str,
-    valid_vocab: int | None,
-    logit_softcap: float | tuple[float | None, float | None] | None,
-    logit_scale: float | tuple[float | None, float | None] | None,
-    inplace_backward: bool,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+    inplace_backward: bool = False,
 ) -> None:
     """Raise for the first option of `distillation_loss` that is wrong."""
     if not isinstance(divergence, str) or divergence not in DIVERGENCES:
@@ -530,10 +637,11 @@ def _row_scale(
     if reduction == "mean":
         # In float64: exact for counts, and as good as independent of the number of threads for weights.
         row_weight = row_weight.double()
-        denominator = (
-            row_weight.sum()
-            if num_items is None
-            else torch.as_tensor(num_items, dtype=torch.float64, device=student_logits.device)
-        )
+        if num_items is None:
+            denominator = row_weight.sum()
+        elif isinstance(num_items, Tensor):
+            denominator = num_items.double()
+        else:  # filled on the device: a copy from the host would wait for it
+            denominator = torch.full((), num_items, dtype=torch.float64, device=student_logits.device)
         row_weight = torch.where(denominator == 0, 0, row_weight / denominator)
     return row_weight.to(dtype).reshape(-1).contiguous()

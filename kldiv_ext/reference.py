@@ -192,6 +192,46 @@ def distillation_loss(
     return total
 
 
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """What `kldiv_ext.token_stats` returns, in float64, written out; the arguments are not checked."""
+    counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+    if mask is not None:
+        counts = counts & mask
+    if labels is not None:
+        counts = counts & (labels != ignore_index)
+        labels = labels.masked_fill(~counts, 0)
+    scales, softcaps = (x if isinstance(x, (tuple, list)) else (x, x) for x in (logit_scale, logit_softcap))
+    z_student, z_teacher = (
+        effective_logits(z.double().masked_fill(~counts[..., None], 0), scale, softcap, valid_vocab) / temperature
+        for z, scale, softcap in zip((student_logits, teacher_logits), scales, softcaps, strict=True)
+    )
+    lq, lp = torch.log_softmax(z_student, -1), torch.log_softmax(z_teacher, -1)
+    nothing = torch.zeros_like(lq)
+    broken = (lq + lp).isnan().any(-1)
+    values = [
+        forward_kl(lp, lq),
+        reverse_kl(lp, lq),
+        -_plogr(lq.exp(), lq, nothing).sum(-1),
+        -_plogr(lp.exp(), lp, nothing).sum(-1),
+        torch.logsumexp(z_student, -1),
+        torch.logsumexp(z_teacher, -1),
+        *((None, None) if labels is None else (-cross_entropies(z, labels) for z in (z_student, z_teacher))),
+    ]
+    same = (z_student.argmax(-1) == z_teacher.argmax(-1)) & counts & ~broken
+    return *(None if v is None else torch.where(counts, v.masked_fill(broken, torch.nan), 0) for v in values), same
+
+
 def kl_div(
     input: Tensor,
     target: Tensor,

@@ -360,6 +360,25 @@ def test_rows_more_than_2_to_the_31_elements_apart(kernels: harness.Kernels) -> 
     assert_same(kernels.distillation(far.copy_(student), teacher, grad_student=True), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_stats(kernels: harness.Kernels, dtype: torch.dtype) -> None:
+    for i, columns in enumerate(COLUMNS):
+        kernels.set_order(*ORDERS[i % len(ORDERS)])
+        student, teacher = logits(5, columns, dtype)
+        teacher[1] = student[1]  # they agree
+        labels = torch.tensor([0, columns - 1, columns // 2, 0, 0])
+        row_scale = torch.tensor([1.0, 1, 1, 0, 1], dtype=harness.accumulation_dtype(student))
+        for options in ({}, {"temperature": 1.5, "logit_scale": (0.5, 2.0), "logit_softcap": (0.0, 3.0)}):
+            stats = kernels.token_stats(student, teacher, labels, row_scale, **options)
+            expected = torch.stack(
+                [v.double() for v in reference.token_stats(student, teacher, labels, mask=row_scale != 0, **options)],
+                -1,
+            )
+            tolerance = LOSS_TOLERANCE[harness.accumulation_dtype(student)]
+            torch.testing.assert_close(stats.double(), expected, rtol=tolerance, atol=20 * tolerance)
+            assert torch.equal(stats[:, -1].double(), expected[:, -1])
+
+
 # ---------------------------------------------------------------- the drop-in
 
 

@@ -23,6 +23,7 @@ struct Threads {
 struct Kernels {
   const char* name;
   void (*distillation)(const DistillationArgs&, const Threads&);
+  void (*token_stats)(const TokenStatsArgs&, const Threads&);
   void (*pointwise)(const PointwiseArgs&, const Threads&);
   void (*scale)(const ScaleArgs&, const Threads&);
 };

@@ -18,6 +18,7 @@ struct Cpu {
   static void distillation(const DistillationArgs& args, const Tensor&) {
     cpu::kernels().distillation(args, threads());
   }
+  static void token_stats(const TokenStatsArgs& args, const Tensor&) { cpu::kernels().token_stats(args, threads()); }
   static void pointwise(const PointwiseArgs& args, const Tensor&) { cpu::kernels().pointwise(args, threads()); }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::kernels().scale(args, threads()); }
 

@@ -127,26 +127,50 @@ struct Prefetch {
   KLDIV_HD void operator()(int64_t i) const { __builtin_prefetch(at + i * step); }
 };
 
-// Phase 1 over one chunk.
 template <typename acc_t>
-LogSumExp<acc_t> log_sum_exp(const acc_t* x, int n, acc_t inverse_temperature, Prefetch next) {
+acc_t largest(const acc_t* x, int n) {
   using V = Vec<acc_t>;
-  V largest[4];  // as many as hide the latency of a comparison
-  for (V& part : largest) part = -infinity<V>();
+  V best[4];  // as many as hide the latency of a comparison
+  for (V& part : best) part = -infinity<V>();
   int i = 0;
   for (; i + 4 * kLanes<acc_t> <= n; i += 4 * kLanes<acc_t>) {
-    for (int j = 0; j < 4; ++j) largest[j] = maximum(largest[j], load(x + i + j * kLanes<acc_t>));
+    for (int j = 0; j < 4; ++j) best[j] = maximum(best[j], load(x + i + j * kLanes<acc_t>));
   }
-  for (; i < n; i += kLanes<acc_t>) largest[0] = maximum(largest[0], load(x + i));
-  LogSumExp<acc_t> state;
-  state.max = max_lanes(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
-  const acc_t offset = state.offset();
-  const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
-  V sum{};
-  for (i = 0; i < n; i += kLanes<acc_t>) {
-    next(i);
-    sum += exp2_floored((load(x + i) - offset) * per_bit);
+  for (; i < n; i += kLanes<acc_t>) best[0] = maximum(best[0], load(x + i));
+  return max_lanes(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
+}
+
+// Phase 1 over one chunk.
+template <typename acc_t>
+RowState<acc_t> state_of(const acc_t* teacher, const acc_t* student, int n, acc_t inverse_temperature,
+                         Prefetch next_teacher, Prefetch next_student) {
+  using V = Vec<acc_t>;
+  RowState<acc_t> state;
+  state.teacher.max = largest(teacher, n);
+  state.student.max = largest(student, n);
+  const acc_t teacher_offset = state.teacher.offset(), student_offset = state.student.offset();
+  V teacher_sum{}, student_sum{}, difference{};
+  for (int i = 0; i < n; i += kLanes<acc_t>) {
+    next_teacher(i);
+    next_student(i);
+    const ExpPair<V> x(load(teacher + i), load(student + i), teacher_offset, student_offset, inverse_temperature);
+    teacher_sum += x.teacher;
+    student_sum += x.student;
+    difference += x.difference;
   }
+  state.teacher.sum = sum_lanes(teacher_sum);
+  state.student.sum = sum_lanes(student_sum);
+  state.difference = sum_lanes(difference);
+  return state;
+}
+
+// The student's alone, at the temperature of the cross entropy.
+template <typename acc_t>
+LogSumExp<acc_t> log_sum_exp(const acc_t* x, acc_t max, int n, acc_t inverse_temperature) {
+  LogSumExp<acc_t> state{max, 0};
+  const acc_t offset = state.offset(), per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
+  Vec<acc_t> sum{};
+  for (int i = 0; i < n; i += kLanes<acc_t>) sum += exp2_floored((load(x + i) - offset) * per_bit);
   state.sum = sum_lanes(sum);
   return state;
 }
@@ -199,19 +223,118 @@ void finish(const acc_t* bare, const acc_t* logits, int n, acc_t max, acc_t log2
   }
 }
 
-// One row, its chunks visited by `for_each_chunk(body)`: in order, or on several threads.
-template <typename acc_t, typename Divergence>
-class RowWalk {
+// One side of all rows.
+template <typename acc_t>
+struct Side {
+  const Matrix& logits;
+  const LogitMap<acc_t> map;
+};
+
+// One side of a chunk of a row, mapped, as acc_t.
+template <typename acc_t>
+class Chunk {
  public:
-  RowWalk(const DistillationArgs& args, const Divergence& divergence)
-      : args_(args),
-        divergence_(divergence),
+  Chunk(const Side<acc_t>& side, int64_t row, int64_t index, int64_t columns)
+      : begin(index * kChunk),
+        size(columns - begin < kChunk ? columns - begin : kChunk),
+        padded_size(padded<acc_t>(size)),
+        data(mapped(side, row)) {}
+  Chunk(const Chunk&) = delete;
+
+  const int64_t begin, size;
+  const int padded_size;
+  const acc_t* const data;
+
+ private:
+  const acc_t* mapped(const Side<acc_t>& side, int64_t row) {
+    const acc_t padding = -infinity<acc_t>();  // a column with p = q = 0
+    const acc_t* logits = stage(side.logits, side.logits.layout.offset(row), begin, size, padding, buffer_);
+    if (side.map.is_identity()) return logits;
+    for (int i = 0; i < padded_size; i += kLanes<acc_t>) store(buffer_ + i, side.map(load(logits + i)));
+    for (int64_t i = size; i < padded_size; ++i) buffer_[i] = padding;
+    return buffer_;
+  }
+
+  alignas(64) acc_t buffer_[kChunk];
+};
+
+// What every walk over a row begins with: its two sides, and phase 1. `for_each_chunk(chunks, body)` visits the chunks
+// in order, or on several threads.
+template <typename acc_t>
+class RowReader {
+ public:
+  explicit RowReader(const LogitsArgs& args)
+      : logits_(args),
         scaling_(args),
         chunks_(chunks_of(args.columns)),
-        states_(new RowState<acc_t>[chunks_]),
+        student_{args.student, scaling_.student},
+        teacher_{args.teacher, scaling_.teacher},
+        states_(new RowState<acc_t>[chunks_]) {}
+
+ protected:
+  template <typename ForEachChunk>
+  RowConstants<acc_t> constants(int64_t row, bool hard, const ForEachChunk& for_each_chunk) const {
+    for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, hard); });
+    return {fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }),
+            scaling_};
+  }
+
+  Chunk<acc_t> chunk(const Side<acc_t>& side, int64_t row, int64_t index) const {
+    return Chunk<acc_t>(side, row, index, logits_.columns);
+  }
+
+  // Column `column` of a row and what follows; nothing new if there is no such row.
+  Prefetch prefetch(const Matrix& matrix, int64_t row, int64_t column) const {
+    const int64_t size = matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
+    const int64_t offset = matrix.layout.offset(row < logits_.rows ? row : row - 1);
+    const int64_t stride = matrix.layout.column_stride;
+    return {static_cast<const char*>(matrix.data) + (offset + column * stride) * size, stride * size};
+  }
+
+  bool has_label(int64_t row) const { return logits_.labels[row] >= 0 && logits_.labels[row] < logits_.columns; }
+
+  // NaN for a label that is no column.
+  acc_t label_logit(const Side<acc_t>& side, int64_t row) const {
+    if (!has_label(row)) return nan<acc_t>();
+    acc_t logit[kLanes<acc_t>];
+    stage(side.logits, side.logits.layout.offset(row), logits_.labels[row], 1, acc_t(0), logit);
+    return side.map(logit[0]);
+  }
+
+  const LogitsArgs& logits_;
+  const Scaling<acc_t> scaling_;
+  const int64_t chunks_;
+  const Side<acc_t> student_, teacher_;
+
+ private:
+  RowState<acc_t> state(int64_t row, int64_t index, bool hard) const {
+    const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
+    const int64_t next = teacher.begin + kChunk;
+    RowState<acc_t> state = state_of(teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
+                                     prefetch(logits_.teacher, row, next), prefetch(logits_.student, row, next));
+    if (hard) {
+      state.hard =
+          scaling_.hard_inverse_temperature == scaling_.inverse_temperature
+              ? state.student
+              : log_sum_exp(student.data, state.student.max, student.padded_size, scaling_.hard_inverse_temperature);
+    }
+    return state;
+  }
+
+  const std::unique_ptr<RowState<acc_t>[]> states_;
+};
+
+// Loss and gradients of a row.
+template <typename acc_t, typename Divergence>
+class RowWalk : RowReader<acc_t> {
+ public:
+  RowWalk(const DistillationArgs& args, const Divergence& divergence)
+      : RowReader<acc_t>(args),
+        args_(args),
+        divergence_(divergence),
         sums_(new RowSums<acc_t>[chunks_]),
-        student_(args.student, scaling_.student, args.grad_student, Divergence::kGradQSumsToZero, args),
-        teacher_(args.teacher, scaling_.teacher, args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
+        of_student_(student_, args.grad_student, Divergence::kGradQSumsToZero, args),
+        of_teacher_(teacher_, args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
 
   template <typename ForEachChunk>
   void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
@@ -232,13 +355,13 @@ class RowWalk {
       }
       return;
     }
-    const bool teacher = teacher_.wanted, gradients = student_.wanted || teacher;
-    const bool together = loss && gradients && student_.can_wait && teacher_.can_wait;
+    const bool teacher = of_teacher_.wanted, gradients = of_student_.wanted || teacher;
+    const bool together = loss && gradients && of_student_.can_wait && of_teacher_.can_wait;
     if (loss) {
-      for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk); });
-      *constants = RowConstants<acc_t>(
-          fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }), scaling_);
-      *loss = hard == 0 ? 0 : hard * cross_entropy(row, *constants);
+      *constants = this->constants(row, args_.labels != nullptr, for_each_chunk);
+      *loss = hard == 0 ? 0
+                        : hard * cross_entropy(label_logit(student_, row), constants->student_max,
+                                               constants->hard_log2_sum, scaling_.hard_inverse_temperature);
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
@@ -262,9 +385,9 @@ class RowWalk {
                 : pass<false, true, false>(row, chunk, *constants, factors);
         return;
       }
-      finish_side(row, chunk, student_, constants->student_max, constants->student_log2_sum, constants->sum_grad_q,
+      finish_side(row, chunk, of_student_, constants->student_max, constants->student_log2_sum, constants->sum_grad_q,
                   *constants, factors);
-      finish_side(row, chunk, teacher_, constants->teacher_max, constants->teacher_log2_sum, constants->sum_grad_p,
+      finish_side(row, chunk, of_teacher_, constants->teacher_max, constants->teacher_log2_sum, constants->sum_grad_p,
                   *constants, factors);
     });
     fill_zero(args_.grad_student, row, args_.columns);
@@ -272,26 +395,28 @@ class RowWalk {
   }
 
  private:
+  using Reader = RowReader<acc_t>;
+  using Reader::chunk, Reader::chunks_, Reader::has_label, Reader::label_logit, Reader::prefetch, Reader::scaling_,
+      Reader::student_, Reader::teacher_;
+
   // What multiplies a row's gradient of the divergence and of the cross entropy.
   struct Factors {
     acc_t soft, hard;
   };
 
-  // One side: its logits, its gradient, and where the gradient's bare derivatives wait for their sum: in the gradient
-  // itself where it has room for all their digits, else in a row that each thread keeps, unless that would be large.
-  struct Side {
+  // One side's gradient, and where its bare derivatives wait for their sum: in the gradient itself where it has room
+  // for all their digits, else in a row that each thread keeps, unless that would be large.
+  struct Gradient {
     static constexpr int64_t kLongest = 131072;  // half a megabyte of float
 
-    Side(const Matrix& logits, const LogitMap<acc_t>& map, const LogitsGradient& gradient, bool sums_to_zero,
-         const DistillationArgs& args)
-        : logits(logits),
-          map(map),
-          gradient(gradient),
-          wanted(gradient.out.data != nullptr),
+    Gradient(const Side<acc_t>& side, const LogitsGradient& to, bool sums_to_zero, const DistillationArgs& args)
+        : side(side),
+          to(to),
+          wanted(to.out.data != nullptr),
           waits(wanted && !sums_to_zero),
-          shared(wanted && gradient.out.data == logits.data) {
-      if (!waits || (gradient.out.dtype == args.acc_dtype() && gradient.layout.column_stride == 1)) {
-        bare = gradient;
+          shared(wanted && to.out.data == side.logits.data) {
+      if (!waits || (to.out.dtype == args.acc_dtype() && to.layout.column_stride == 1)) {
+        bare = to;
       } else if (args.row_loss && args.columns <= kLongest) {
         row.reset(new acc_t[args.columns]);
         bare.out = {row.get(), args.acc_dtype()};
@@ -299,162 +424,156 @@ class RowWalk {
       can_wait = !waits || bare.out.data;
     }
 
-    const Matrix& logits;
-    const LogitMap<acc_t> map;
-    const LogitsGradient& gradient;
+    const Side<acc_t>& side;
+    const LogitsGradient& to;
     const bool wanted, waits;
-    const bool shared;  // the gradient lies over the logits
+    const bool shared;  // it lies over the logits
     bool can_wait;
     LogitsGradient bare;
     std::unique_ptr<acc_t[]> row;
   };
 
-  // One side of a chunk of a row, mapped, as acc_t.
-  class Chunk {
-   public:
-    Chunk(const Side& side, int64_t row, int64_t index, int64_t columns)
-        : begin(index * kChunk),
-          size(columns - begin < kChunk ? columns - begin : kChunk),
-          padded_size(padded<acc_t>(size)),
-          data(mapped(side, row)) {}
-    Chunk(const Chunk&) = delete;
-
-    const int64_t begin, size;
-    const int padded_size;
-    const acc_t* const data;
-
-   private:
-    const acc_t* mapped(const Side& side, int64_t row) {
-      const acc_t padding = -infinity<acc_t>();  // a column with p = q = 0
-      const acc_t* logits = stage(side.logits, side.logits.layout.offset(row), begin, size, padding, buffer_);
-      if (side.map.is_identity()) return logits;
-      for (int i = 0; i < padded_size; i += kLanes<acc_t>) store(buffer_ + i, side.map(load(logits + i)));
-      for (int64_t i = size; i < padded_size; ++i) buffer_[i] = padding;
-      return buffer_;
-    }
-
-    alignas(64) acc_t buffer_[kChunk];
-  };
-
-  // Column `column` of a row and what follows; nothing new if there is no such row.
-  Prefetch prefetch(const Matrix& matrix, int64_t row, int64_t column) const {
-    const int64_t size = matrix.dtype == Dtype::kFloat64 ? 8 : (matrix.dtype == Dtype::kFloat32 ? 4 : 2);
-    const int64_t offset = matrix.layout.offset(row < args_.rows ? row : row - 1);
-    const int64_t stride = matrix.layout.column_stride;
-    return {static_cast<const char*>(matrix.data) + (offset + column * stride) * size, stride * size};
-  }
-
-  bool has_label(int64_t row) const { return args_.labels[row] >= 0 && args_.labels[row] < args_.columns; }
-
-  // NaN for a label that is no column.
-  acc_t cross_entropy(int64_t row, const RowConstants<acc_t>& constants) const {
-    if (!has_label(row)) return nan<acc_t>();
-    acc_t logit[kLanes<acc_t>];
-    stage(student_.logits, student_.logits.layout.offset(row), args_.labels[row], 1, acc_t(0), logit);
-    return constants.cross_entropy(student_.map(logit[0]), scaling_.hard_inverse_temperature);
-  }
-
-  RowState<acc_t> state(int64_t row, int64_t index) const {
-    const Chunk teacher(teacher_, row, index, args_.columns), student(student_, row, index, args_.columns);
-    const int64_t next = teacher.begin + kChunk;
-    const acc_t inverse_temperature = scaling_.inverse_temperature;
-    const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
-    RowState<acc_t> state;
-    state.teacher =
-        log_sum_exp(teacher.data, teacher.padded_size, inverse_temperature, prefetch(args_.teacher, row, next));
-    state.student =
-        log_sum_exp(student.data, student.padded_size, inverse_temperature, prefetch(args_.student, row, next));
-    if (args_.labels) {
-      state.hard = hard_inverse_temperature == inverse_temperature
-                       ? state.student
-                       : log_sum_exp(student.data, student.padded_size, hard_inverse_temperature,
-                                     prefetch(args_.student, row, next));
-    }
-    return state;
-  }
-
   template <bool kSums, bool kStore, bool kTeacher>
   RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, const Factors& factors) const {
-    const Chunk teacher(teacher_, row, index, args_.columns), student(student_, row, index, args_.columns);
+    const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    if (kStore && student_.wanted) grad_student = open<kSums>(student_sink, student_, row, student);
-    if (kStore && kTeacher) grad_teacher = open<kSums>(teacher_sink, teacher_, row, teacher);
+    if (kStore && of_student_.wanted) grad_student = open<kSums>(student_sink, of_student_, row, student);
+    if (kStore && kTeacher) grad_teacher = open<kSums>(teacher_sink, of_teacher_, row, teacher);
     const RowSums<acc_t> sums = evaluate<kSums, kStore, kTeacher>(
         divergence_, constants, teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
         factors.soft, grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
         prefetch(args_.student, row + 1, teacher.begin));
-    if (grad_student && !(kSums && student_.waits)) complete(student_, student, row, constants, factors, grad_student);
-    if (grad_teacher && !(kSums && teacher_.waits)) complete(teacher_, teacher, row, constants, factors, grad_teacher);
+    if (grad_student && !(kSums && of_student_.waits)) {
+      if (factors.hard != 0) add_cross_entropy(student, row, constants, factors.hard, grad_student);
+      chain(student_, student, row, grad_student);
+    }
+    if (grad_teacher && !(kSums && of_teacher_.waits)) chain(teacher_, teacher, row, grad_teacher);
     student_sink.commit();
     teacher_sink.commit();
     return sums;
   }
 
   template <bool kBare>
-  acc_t* open(Sink<acc_t>& sink, const Side& side, int64_t row, const Chunk& chunk) const {
-    const LogitsGradient& to = kBare ? side.bare : side.gradient;
+  acc_t* open(Sink<acc_t>& sink, const Gradient& gradient, int64_t row, const Chunk<acc_t>& chunk) const {
+    const LogitsGradient& to = kBare ? gradient.bare : gradient.to;
     const int64_t stride = to.layout.column_stride;
     return sink.open(to.out, args_.acc_dtype(), to.layout.offset(row) + chunk.begin * stride, chunk.size, stride,
-                     side.shared);
+                     gradient.shared);
   }
 
-  // What makes the divergence's gradient by mapped logits the whole gradient by stored ones: the cross entropy's part,
-  // softmax less one at the label, and the chain rule through softcap and scale.
-  void complete(const Side& side, const Chunk& chunk, int64_t row, const RowConstants<acc_t>& constants,
-                const Factors& factors, acc_t* gradient) const {
-    if (&side == &student_ && factors.hard != 0) {
-      const acc_t factor = has_label(row) ? factors.hard : nan<acc_t>();
-      const acc_t per_bit = scaling_.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
-      for (int i = 0; i < chunk.padded_size; i += kLanes<acc_t>) {
-        const Vec<acc_t> softmax =
-            exp2((load(chunk.data + i) - constants.student_max) * per_bit - constants.hard_log2_sum);
-        store(gradient + i, load(gradient + i) + softmax * factor);
-      }
-      const int64_t label = args_.labels[row] - chunk.begin;
-      if (label >= 0 && label < chunk.size) gradient[label] -= factor;
+  // The cross entropy's part of the student's gradient: softmax less one at the label.
+  void add_cross_entropy(const Chunk<acc_t>& student, int64_t row, const RowConstants<acc_t>& constants, acc_t factor,
+                         acc_t* gradient) const {
+    if (!has_label(row)) factor = nan<acc_t>();
+    const acc_t per_bit = scaling_.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
+    for (int i = 0; i < student.padded_size; i += kLanes<acc_t>) {
+      const Vec<acc_t> softmax =
+          exp2((load(student.data + i) - constants.student_max) * per_bit - constants.hard_log2_sum);
+      store(gradient + i, load(gradient + i) + softmax * factor);
     }
-    if (!side.map.is_identity()) {
-      alignas(64) acc_t buffer[kChunk];
-      const acc_t* logits =
-          stage(side.logits, side.logits.layout.offset(row), chunk.begin, chunk.size, acc_t(0), buffer);
-      for (int i = 0; i < chunk.padded_size; i += kLanes<acc_t>) {
-        store(gradient + i, load(gradient + i) * side.map.slope(load(logits + i)));
-      }
+    const int64_t label = args_.labels[row] - student.begin;
+    if (label >= 0 && label < student.size) gradient[label] -= factor;
+  }
+
+  // The chain rule back through softcap and scale.
+  void chain(const Side<acc_t>& side, const Chunk<acc_t>& chunk, int64_t row, acc_t* gradient) const {
+    if (side.map.is_identity()) return;
+    alignas(64) acc_t buffer[kChunk];
+    const acc_t* logits = stage(side.logits, side.logits.layout.offset(row), chunk.begin, chunk.size, acc_t(0), buffer);
+    for (int i = 0; i < chunk.padded_size; i += kLanes<acc_t>) {
+      store(gradient + i, load(gradient + i) * side.map.slope(load(logits + i)));
     }
   }
 
-  void finish_side(int64_t row, int64_t index, const Side& side, acc_t max, acc_t log2_sum, acc_t sum,
+  void finish_side(int64_t row, int64_t index, const Gradient& gradient, acc_t max, acc_t log2_sum, acc_t sum,
                    const RowConstants<acc_t>& constants, const Factors& factors) const {
-    if (!side.waits) return;
-    const Chunk chunk(side, row, index, args_.columns);
+    if (!gradient.waits) return;
+    const Chunk<acc_t> logits = chunk(gradient.side, row, index);
     alignas(64) acc_t bare_buffer[kChunk];
-    const acc_t* bare = stage({side.bare.out.data, side.bare.out.dtype, {}}, side.bare.layout.offset(row), chunk.begin,
-                              chunk.size, acc_t(0), bare_buffer);
+    const acc_t* bare = stage({gradient.bare.out.data, gradient.bare.out.dtype, {}}, gradient.bare.layout.offset(row),
+                              logits.begin, logits.size, acc_t(0), bare_buffer);
     Sink<acc_t> sink;
-    acc_t* out = open<false>(sink, side, row, chunk);
-    finish(bare, chunk.data, chunk.padded_size, max, log2_sum, scaling_.inverse_temperature, sum, factors.soft, out,
-           prefetch(side.logits, row + 1, chunk.begin));
-    complete(side, chunk, row, constants, factors, out);
+    acc_t* out = open<false>(sink, gradient, row, logits);
+    finish(bare, logits.data, logits.padded_size, max, log2_sum, scaling_.inverse_temperature, sum, factors.soft, out,
+           prefetch(gradient.side.logits, row + 1, logits.begin));
+    if (&gradient == &of_student_ && factors.hard != 0) add_cross_entropy(logits, row, constants, factors.hard, out);
+    chain(gradient.side, logits, row, out);
     sink.commit();
   }
 
   const DistillationArgs& args_;
   const Divergence divergence_;
-  const Scaling<acc_t> scaling_;
-  const int64_t chunks_;
-  const std::unique_ptr<RowState<acc_t>[]> states_;
   const std::unique_ptr<RowSums<acc_t>[]> sums_;
-  const Side student_, teacher_;
+  const Gradient of_student_, of_teacher_;
 };
 
-template <typename acc_t, typename Divergence>
-void distil_rows(const DistillationArgs& args, const Divergence& divergence, const Threads& threads) {
+// What token_stats tells of a row.
+template <typename acc_t>
+class StatsWalk : RowReader<acc_t> {
+ public:
+  explicit StatsWalk(const TokenStatsArgs& args) : RowReader<acc_t>(args), args_(args), parts_(new Part[chunks_]) {}
+
+  template <typename ForEachChunk>
+  void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
+    RowStats<acc_t>& stats = static_cast<RowStats<acc_t>*>(args_.row_stats)[row];
+    if (args_.row_scale && static_cast<const acc_t*>(args_.row_scale)[row] == 0) {
+      stats = RowStats<acc_t>();
+      return;
+    }
+    const RowConstants<acc_t> constants = this->constants(row, false, for_each_chunk);
+    for_each_chunk(chunks_, [&](int64_t chunk) { parts_[chunk] = part(row, chunk, constants); });
+    const Part all = fold(parts_.get(), chunks_, [](const Part& a, const Part& b) {
+      return Part{a.sums + b.sums, minimum(a.student_top, b.student_top), minimum(a.teacher_top, b.teacher_top)};
+    });
+    const bool labels = args_.labels != nullptr;
+    stats = RowStats<acc_t>(constants, all.sums, scaling_.inverse_temperature, labels ? label_logit(student_, row) : 0,
+                            labels ? label_logit(teacher_, row) : 0,
+                            all.student_top == all.teacher_top && all.student_top < args_.columns);
+  }
+
+ private:
+  using Reader = RowReader<acc_t>;
+  using Reader::chunk, Reader::chunks_, Reader::label_logit, Reader::scaling_, Reader::student_, Reader::teacher_;
+
+  // Of one chunk, or of several: its sums, and the first column that holds the row's largest logit, if any.
+  struct Part {
+    StatsSums<acc_t> sums;
+    double student_top = __builtin_inf(), teacher_top = __builtin_inf();
+  };
+
+  Part part(int64_t row, int64_t index, const RowConstants<acc_t>& constants) const {
+    using V = Vec<acc_t>;
+    const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
+    V column;
+    for (int i = 0; i < kLanes<acc_t>; ++i) column[i] = static_cast<acc_t>(i);
+    V student_top = infinity<V>(), teacher_top = infinity<V>();
+    StatsSums<V> sums;
+    for (int i = 0; i < teacher.padded_size; i += kLanes<acc_t>, column += static_cast<acc_t>(kLanes<acc_t>)) {
+      const V t = load(teacher.data + i), s = load(student.data + i);
+      sums = sums + StatsSums<V>::of(t, s, constants, scaling_.inverse_temperature);
+      teacher_top = minimum(teacher_top, t == constants.teacher_max ? column : infinity<V>());
+      student_top = minimum(student_top, s == constants.student_max ? column : infinity<V>());
+    }
+    const auto first = [&](V top) { return static_cast<double>(teacher.begin - max_lanes(-top)); };
+    return {{sum_lanes(sums.forward_kl), sum_lanes(sums.reverse_kl), sum_lanes(sums.teacher_drop),
+             sum_lanes(sums.student_drop)},
+            first(student_top),
+            first(teacher_top)};
+  }
+
+  const TokenStatsArgs& args_;
+  const std::unique_ptr<Part[]> parts_;
+};
+
+// Calls Walk(arguments...)(row, for_each_chunk) for every row.
+template <typename Walk, typename... Arguments>
+void walk_rows(const Threads& threads, const LogitsArgs& args, const Arguments&... arguments) {
   // Threads share out the rows; where there are too few of these, they share out the chunks of each.
   if (args.rows >= 4 * threads.count || chunks_of(args.columns) == 1) {
     const int64_t grain = 1 + 16384 / args.columns;
     parallel_for(threads, args.rows, grain, [&](int64_t begin, int64_t end) {
-      const RowWalk<acc_t, Divergence> walk(args, divergence);
+      const Walk walk(arguments...);
       for (int64_t row = begin; row < end; ++row) {
         walk(row, [](int64_t chunks, const auto& body) {
           for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
@@ -462,7 +581,7 @@ void distil_rows(const DistillationArgs& args, const Divergence& divergence, con
       }
     });
   } else {
-    const RowWalk<acc_t, Divergence> walk(args, divergence);
+    const Walk walk(arguments...);
     for (int64_t row = 0; row < args.rows; ++row) {
       walk(row, [&](int64_t chunks, const auto& body) {
         parallel_for(threads, chunks, 8, [&](int64_t begin, int64_t end) {
@@ -471,6 +590,11 @@ void distil_rows(const DistillationArgs& args, const Divergence& divergence, con
       });
     }
   }
+}
+
+template <typename acc_t, typename Divergence>
+void distil_rows(const DistillationArgs& args, const Divergence& divergence, const Threads& threads) {
+  walk_rows<RowWalk<acc_t, Divergence>>(threads, args, args, divergence);
   if (args.loss) {
     // In double: a mean over a million rows should not be less exact than one row.
     double total = 0;
@@ -487,6 +611,14 @@ inline void distillation(const DistillationArgs& args, const Threads& threads) {
       distil_rows<float>(args, divergence, threads);
     }
   });
+}
+
+inline void token_stats(const TokenStatsArgs& args, const Threads& threads) {
+  if (args.acc_dtype() == Dtype::kFloat64) {
+    walk_rows<StatsWalk<double>>(threads, args, args);
+  } else {
+    walk_rows<StatsWalk<float>>(threads, args, args);
+  }
 }
 
 // ---------------------------------------------------------------- the drop-in, element by element
@@ -578,5 +710,6 @@ inline void scale(const ScaleArgs& args, const Threads& threads) {
 }  // namespace KLDIV_ISA
 }  // namespace kldiv::cpu
 
-#define KLDIV_KERNELS(name) \
-  {name, ::kldiv::cpu::KLDIV_ISA::distillation, ::kldiv::cpu::KLDIV_ISA::pointwise, ::kldiv::cpu::KLDIV_ISA::scale}
+#define KLDIV_KERNELS(name)                                                           \
+  {name, ::kldiv::cpu::KLDIV_ISA::distillation, ::kldiv::cpu::KLDIV_ISA::token_stats, \
+   ::kldiv::cpu::KLDIV_ISA::pointwise, ::kldiv::cpu::KLDIV_ISA::scale}

@@ -7,7 +7,39 @@
 
 namespace kldiv::cuda {
 
-// Phase 1: the state of the columns so far and those of the group.
+// Phase 1: adds a group to the state of the columns so far.
+template <typename acc_t>
+KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, const Group<acc_t>& student,
+                         acc_t inverse_temperature) {
+  acc_t teacher_max = state.teacher.max, student_max = state.student.max;
+  KLDIV_UNROLL
+  for (int i = 0; i < kGroup<acc_t>; ++i) {
+    teacher_max = maximum(teacher_max, teacher.x[i]);
+    student_max = maximum(student_max, student.x[i]);
+  }
+  if (teacher_max > state.teacher.max || student_max > state.student.max) {  // seldom, once a row has begun
+    RowState<acc_t> raised;
+    raised.teacher.max = teacher_max;
+    raised.student.max = student_max;
+    raised.add_rescaled(state, inverse_temperature);
+    raised.hard = state.hard;
+    state = raised;
+  }
+  const acc_t teacher_offset = state.teacher.offset(), student_offset = state.student.offset();
+  acc_t teacher_sum = 0, student_sum = 0, difference = 0;
+  KLDIV_UNROLL
+  for (int i = 0; i < kGroup<acc_t>; ++i) {
+    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, inverse_temperature);
+    teacher_sum += x.teacher;
+    student_sum += x.student;
+    difference += x.difference;
+  }
+  state.teacher.sum += teacher_sum;
+  state.student.sum += student_sum;
+  state.difference += difference;
+}
+
+// The same for one side alone: the student's at the temperature of the cross entropy.
 template <typename acc_t>
 KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
                                        acc_t inverse_temperature) {

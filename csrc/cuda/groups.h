@@ -76,6 +76,16 @@ KLDIV_DEVICE void store_group(scalar_t* data, int n, const Group<AccOf<scalar_t>
   }
 }
 
+// Whether DenseSide can read both sides, and write a gradient.
+inline bool is_dense(const LogitsArgs& args) {
+  const Scaling<double> scaling(args);
+  return args.student.dtype == args.teacher.dtype && args.student.layout.column_stride == 1 &&
+         args.teacher.layout.column_stride == 1 && scaling.student.is_identity() && scaling.teacher.is_identity();
+}
+inline bool is_dense(const LogitsGradient& gradient) {
+  return gradient.out.data == nullptr || gradient.layout.column_stride == 1;
+}
+
 // One side of a row, columns [first, first + n) at a time. DenseSide: scalar_t, side by side, as they are.
 template <typename scalar_t>
 class DenseSide {

@@ -9,6 +9,7 @@
 namespace kldiv::cuda {
 
 void distillation(const DistillationArgs& args, void* stream);
+void token_stats(const TokenStatsArgs& args, void* stream);
 void pointwise(const PointwiseArgs& args, void* stream);
 void scale(const ScaleArgs& args, void* stream);
 
@@ -29,13 +30,13 @@ constexpr RowRule kRowRules[] = {
     {512, 64},         // up to here a thread per group of columns: the shortest way through a short row
     {1024, 128},       //
     {2048, 256},       //
-    {65536, 384},      // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
-    {INT64_MAX, 768},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
+    {65536, 320},      // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
+    {INT64_MAX, 640},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
 };
-// All threads of a multiprocessor share its 65536 registers. In float 768 threads leave each 80, and no kernel spills;
-// 896 would leave 72, and some would. In double each needs more than twice as many.
+// All threads of a multiprocessor share its 65536 registers. In float 640 threads leave each 96, and no kernel spills;
+// 768 would leave 80, and some would. In double each needs more than twice as many.
 template <typename acc_t>
-constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 768 : 256;
+constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 640 : 256;
 
 template <typename acc_t>
 constexpr int row_threads(int64_t columns) {

@@ -25,6 +25,9 @@ struct Cuda {
   static void distillation(const DistillationArgs& args, const Tensor& like) {
     on_stream_of(like, [&](void* stream) { cuda::distillation(args, stream); });
   }
+  static void token_stats(const TokenStatsArgs& args, const Tensor& like) {
+    on_stream_of(like, [&](void* stream) { cuda::token_stats(args, stream); });
+  }
   static void pointwise(const PointwiseArgs& args, const Tensor& like) {
     on_stream_of(like, [&](void* stream) { cuda::pointwise(args, stream); });
   }

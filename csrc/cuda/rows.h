@@ -8,13 +8,51 @@
 
 namespace kldiv::cuda {
 
+// What every walk over a row begins with: a thread's groups, and phase 1.
+template <typename Side>
+class RowReader {
+ public:
+  using acc_t = typename Side::acc_t;
+
+  KLDIV_DEVICE RowReader(const LogitsArgs& args, const Scaling<acc_t>& scaling) : logits_(args), scaling_(scaling) {}
+
+ protected:
+  // Calls body(teacher's group, student's group, first, n) for this thread's groups.
+  template <Use use, typename Body>
+  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
+    constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
+    for_each_group<acc_t, uint32_t>(logits_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
+      body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
+    });
+  }
+
+  // Phase 1.
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) const {
+    const acc_t inverse_temperature = scaling_.inverse_temperature;
+    const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
+    const bool one_temperature = inverse_temperature == hard_inverse_temperature;
+    const bool apart = hard && !one_temperature;
+    RowState<acc_t> mine;
+    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
+      extend(mine, t, s, inverse_temperature);
+      if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
+    });
+    if (hard && one_temperature) mine.hard = mine.student;
+    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
+  }
+
+  const LogitsArgs& logits_;
+  const Scaling<acc_t>& scaling_;
+};
+
+// Loss and gradients of a row.
 template <typename Side, typename Divergence>
-class RowWalk {
+class RowWalk : RowReader<Side> {
  public:
   using acc_t = typename Side::acc_t;
 
   KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence, const Scaling<acc_t>& scaling)
-      : args_(args), divergence_(divergence), scaling_(scaling) {}
+      : RowReader<Side>(args, scaling), args_(args), divergence_(divergence) {}
 
   KLDIV_DEVICE void operator()(int64_t row) const {
     const bool forward = args_.row_loss != nullptr;
@@ -33,8 +71,9 @@ class RowWalk {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
-    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student), scaling_)
-                                            : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    RowConstants<acc_t> constants =
+        forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr), scaling_)
+                : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (hard != 0) {
       const int64_t wanted = args_.labels[row];
@@ -53,7 +92,8 @@ class RowWalk {
       acc_t loss = 0;
       if (hard != 0) {
         const acc_t logit = student.template load<Use::kAgain>(label, 1, 0).x[0];
-        loss = hard * constants.cross_entropy(logit, scaling_.hard_inverse_temperature);
+        loss = hard *
+               cross_entropy(logit, constants.student_max, constants.hard_log2_sum, scaling_.hard_inverse_temperature);
       }
       const RowSums<acc_t> total =
           together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
@@ -68,37 +108,13 @@ class RowWalk {
 
  private:
   using Evaluation = Columns<acc_t, Divergence>;
-
-  // Calls body(teacher's group, student's group, first, n) for this thread's groups.
-  template <Use use, typename Body>
-  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
-    constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
-    for_each_group<acc_t, uint32_t>(args_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
-      body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
-    });
-  }
-
-  // Phase 1.
-  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student) const {
-    const acc_t inverse_temperature = scaling_.inverse_temperature;
-    const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
-    const bool one_temperature = inverse_temperature == hard_inverse_temperature;
-    const bool apart = args_.labels && !one_temperature;
-    RowState<acc_t> mine;
-    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
-      mine.teacher = extended(mine.teacher, t, inverse_temperature);
-      mine.student = extended(mine.student, s, inverse_temperature);
-      if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
-    });
-    if (args_.labels && one_temperature) mine.hard = mine.student;
-    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
-  }
+  using RowReader<Side>::scaling_, RowReader<Side>::state;
 
   // Phase 2.
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
     RowSums<acc_t> mine;
-    walk<Use::kAgain>(teacher, student,
-                      [&](const auto& t, const auto& s, uint32_t, int) { mine = mine + columns.sums(t, s); });
+    this->template walk<Use::kAgain>(
+        teacher, student, [&](const auto& t, const auto& s, uint32_t, int) { mine = mine + columns.sums(t, s); });
     return block_reduce(mine, Plus());
   }
 
@@ -108,7 +124,7 @@ class RowWalk {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
       const auto to = Side::target(args_.grad_student, row);
-      walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
+      this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
         Group<acc_t> gradient;
         mine.term += columns.sum_with_gradient(t, s, gradient);
         columns.add_cross_entropy(s, first, gradient);
@@ -123,7 +139,7 @@ class RowWalk {
                                     int64_t row) const {
     const auto to_student = Side::target(args_.grad_student, row);
     const auto to_teacher = Side::target(args_.grad_teacher, row);
-    walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
+    this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
       if (args_.grad_student.out.data) {
         Group<acc_t> gradient = columns.student_gradient(t, s);
         columns.add_cross_entropy(s, first, gradient);
@@ -156,15 +172,98 @@ class RowWalk {
 
   const DistillationArgs& args_;
   const Divergence& divergence_;
-  const Scaling<acc_t>& scaling_;
 };
+
+// What token_stats tells of a row.
+template <typename Side>
+class StatsWalk : RowReader<Side> {
+ public:
+  using acc_t = typename Side::acc_t;
+
+  KLDIV_DEVICE StatsWalk(const TokenStatsArgs& args, const Scaling<acc_t>& scaling)
+      : RowReader<Side>(args, scaling), args_(args) {}
+
+  KLDIV_DEVICE void operator()(int64_t row) const {
+    RowStats<acc_t>& stats = static_cast<RowStats<acc_t>*>(args_.row_stats)[row];
+    if (args_.row_scale && static_cast<const acc_t*>(args_.row_scale)[row] == 0) {
+      if (device::thread() == 0) stats = RowStats<acc_t>();
+      return;
+    }
+    const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
+    const RowConstants<acc_t> constants(state(teacher, student, false), scaling_);
+    Part mine;
+    this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
+      mine = mine + part(t, s, constants, first, n);
+    });
+    const Part all = block_reduce(mine, Plus());
+    if (device::thread() > 0) return;
+    acc_t student_label = 0, teacher_label = 0;
+    if (args_.labels) {
+      const int64_t label = args_.labels[row];
+      const bool is_column = label >= 0 && label < args_.columns;
+      student_label = is_column ? student.template load<Use::kAgain>(label, 1, 0).x[0] : nan<acc_t>();
+      teacher_label = is_column ? teacher.template load<Use::kAgain>(label, 1, 0).x[0] : nan<acc_t>();
+    }
+    stats = RowStats<acc_t>(constants, all.sums, scaling_.inverse_temperature, student_label, teacher_label,
+                            all.student_top == all.teacher_top && all.student_top != kNone);
+  }
+
+ private:
+  using RowReader<Side>::scaling_, RowReader<Side>::state;
+  static constexpr uint32_t kNone = 0xffffffff;
+
+  // Of some columns: their sums, and the first one that holds the row's largest logit, if any.
+  struct Part {
+    StatsSums<acc_t> sums;
+    uint32_t student_top = kNone, teacher_top = kNone;
+
+    KLDIV_DEVICE Part operator+(const Part& other) const {
+      Part both;
+      both.sums = sums + other.sums;
+      both.student_top = student_top < other.student_top ? student_top : other.student_top;
+      both.teacher_top = teacher_top < other.teacher_top ? teacher_top : other.teacher_top;
+      return both;
+    }
+  };
+
+  KLDIV_DEVICE Part part(const Group<acc_t>& teacher, const Group<acc_t>& student, const RowConstants<acc_t>& constants,
+                         uint32_t first, int n) const {
+    Part part;
+    KLDIV_UNROLL
+    for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
+      if (i >= n) continue;
+      part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature);
+      if (teacher.x[i] == constants.teacher_max) part.teacher_top = first + i;
+      if (student.x[i] == constants.student_max) part.student_top = first + i;
+    }
+    return part;
+  }
+
+  const TokenStatsArgs& args_;
+};
+
+// This block's rows, counted in 32 bits: every register that lives through a row counts.
+template <typename Walk>
+KLDIV_DEVICE void for_each_row(int64_t rows, const Walk& walk) {
+  KLDIV_NO_UNROLL
+  for (uint32_t turn = 0; device::block() + turn * device::blocks() < rows; ++turn) {
+    walk(device::block() + turn * device::blocks());
+  }
+}
 
 template <typename Side, typename Divergence>
 KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
 distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
             KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
   const RowWalk<Side, Divergence> walk(args, divergence, scaling);
-  for (int64_t row = device::block(); row < args.rows; row += device::blocks()) walk(row);
+  for_each_row(args.rows, walk);
+}
+
+template <typename Side>
+KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
+stats_of_rows(KLDIV_ARGUMENT TokenStatsArgs args, KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
+  const StatsWalk<Side> walk(args, scaling);
+  for_each_row(args.rows, walk);
 }
 
 // Host side, for one kind of Side.
@@ -177,6 +276,13 @@ void launch_rows(const DistillationArgs& args, void* stream) {
     device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads<acc_t>(args.columns), stream, args,
                    divergence, Scaling<acc_t>(args));
   });
+}
+
+template <typename Side>
+void launch_stats(const TokenStatsArgs& args, void* stream) {
+  using acc_t = typename Side::acc_t;
+  device::launch(stats_of_rows<Side>, row_blocks(args.rows), row_threads<acc_t>(args.columns), stream, args,
+                 Scaling<acc_t>(args));
 }
 
 }  // namespace kldiv::cuda

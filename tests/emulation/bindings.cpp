@@ -65,6 +65,25 @@ const char* emulated_distillation(const Matrix* student, const Matrix* teacher, 
   return message_of([&] { kldiv::cuda::distillation(args, nullptr); });
 }
 
+const char* emulated_token_stats(const Matrix* student, const Matrix* teacher, int64_t rows, int64_t columns,
+                                 double temperature, double student_scale, double teacher_scale, double student_cap,
+                                 double teacher_cap, const int64_t* labels, const void* row_scale, void* row_stats) {
+  kldiv::TokenStatsArgs args;
+  args.student = *student;
+  args.teacher = *teacher;
+  args.rows = rows;
+  args.columns = columns;
+  args.temperature = temperature;
+  args.student_scale = student_scale;
+  args.teacher_scale = teacher_scale;
+  args.student_cap = student_cap;
+  args.teacher_cap = teacher_cap;
+  args.labels = labels;
+  args.row_scale = row_scale;
+  args.row_stats = row_stats;
+  return message_of([&] { kldiv::cuda::token_stats(args, nullptr); });
+}
+
 const char* emulated_pointwise(const Matrix* input, const Matrix* target, bool log_target, int64_t rows,
                                int64_t columns, double scale, const Output* output, void* loss, void* partials,
                                const Matrix* grad_output, const Output* grad_input, const Output* grad_target) {

@@ -24,6 +24,7 @@ MAX_DIMS = 8
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in the order of kldiv::Dtype
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
 CONSTANTS = 8  # RowConstants::kCount
+STATS = 9  # RowStats::kCount
 
 
 # ---------------------------------------------------------------- building
@@ -252,6 +253,35 @@ class Kernels:
             _pointer(out.get("row_loss")),
             _pointer(out.get("loss")),
         )
+
+    def token_stats(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        row_scale: Tensor | None = None,
+        temperature: float = 1.0,
+        logit_scale: tuple[float, float] = (1.0, 1.0),
+        logit_softcap: tuple[float, float] = (0.0, 0.0),
+        valid_vocab: int | None = None,
+    ) -> Tensor:
+        guarded = Guarded()
+        stats = guarded.new([student[..., 0].numel(), STATS], accumulation_dtype(student, teacher))
+        self._call(
+            "emulated_token_stats",
+            _matrix(student),
+            _matrix(teacher),
+            student[..., 0].numel(),
+            valid_vocab or student.shape[-1],
+            temperature,
+            *logit_scale,
+            *logit_softcap,
+            _pointer(labels),
+            _pointer(row_scale),
+            _pointer(stats),
+        )
+        guarded.check()
+        return stats
 
     def kl_div(
         self, input: Tensor, target: Tensor, log_target: bool, scale: float = 1.0, reduce: bool = True, offset: int = 0

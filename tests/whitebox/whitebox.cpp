@@ -124,6 +124,7 @@ template <typename S>
     RowState<S> state;
     state.teacher = {teacher.first, teacher.second};
     state.student = {student.first, student.second};
+    state.difference = teacher.second - student.second;
     Scaling<S> scaling({});
     scaling.inverse_temperature = inverse_temperature;
     const RowConstants<S> row(state, scaling);
