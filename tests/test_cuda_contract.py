@@ -1,0 +1,522 @@
+"""What only a GPU shows: no waiting for it, CUDA graphs, streams, a second device, memory, equal runs, autocast."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import NO_CUDA
+from oracle import DIVERGENCES, FORWARD_KL, JSD, Divergence, make_pair
+from torch import Tensor, nn
+
+import kldiv_ext
+from kldiv_ext import DistillationLoss, distillation_loss, kl_div
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides",
+    "ignore:Synchronization debug mode",  # is a prototype
+    "ignore:The AccumulateGrad node's stream",  # where a test lets backward begin on another stream than forward
+)
+
+SHAPE = (24, 1003)  # rows that begin at odd addresses
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16 makes its gradient in backward, the others in forward
+
+NO_CACHE = pytest.mark.skipif(
+    "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="needs PyTorch's caching allocator, which is switched off"
+)
+TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=NO_CUDA)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------- calls
+
+
+class Case(NamedTuple):
+    """A call of a loss: the tensors that it takes beside the logits, of EXTRAS, and its other options."""
+
+    function: Callable[..., Tensor]
+    extras: tuple[str, ...]
+    options: dict[str, Any]
+
+
+EXTRAS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "labels": lambda rows, generator: torch.tensor([-100, 3, 5])[torch.randint(0, 3, (rows,), generator=generator)],
+    "mask": lambda rows, generator: torch.rand(rows, generator=generator) < 0.7,
+    "weight": lambda rows, generator: torch.rand(rows, generator=generator).sub(0.2).clamp(min=0),
+    "num_items": lambda rows, generator: torch.randint(1, 100, (), generator=generator),
+}
+
+# A new option of distillation_loss is a line here.
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "labels": (("labels",), {}),
+    "mask": (("mask",), {}),
+    "weight": (("weight",), {}),
+    "labels, mask and weight": (("labels", "mask", "weight"), {}),
+    "number of items": (("num_items",), {}),
+    "number of items, labels": (("num_items", "labels"), {}),
+    "number of items as an int": ((), {"num_items": 37}),
+    "ignore_index": (("labels",), {"ignore_index": 3}),
+    "temperature": ((), {"temperature": 2.0, "scale_by_temperature_squared": True}),
+}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+CASES = {
+    **{
+        f"{divergence}, {reduction}": Case(distillation_loss, (), {**divergence.options, "reduction": reduction})
+        for divergence in DIVERGENCES
+        for reduction in ("none", "mean")
+    },
+    **{
+        f"{name}, {reduction}": Case(distillation_loss, extras, {**options, "reduction": reduction})
+        for name, (extras, options) in OPTIONS.items()
+        for reduction in REDUCTIONS
+        if reduction == "mean" or "num_items" not in {*extras, *options}
+    },
+    **{
+        f"kl_div, {reduction}, log_target={log_target}": Case(
+            kl_div, (), {"reduction": reduction, "log_target": log_target}
+        )
+        for reduction in REDUCTIONS
+        for log_target in (False, True)
+    },
+}
+# One of each way through autograd.
+FEW_CASES = {name: CASES[name] for name in ("forward_kl, mean", "jsd-0.1, none", "labels, mask and weight, mean")} | {
+    "kl_div": Case(kl_div, (), {"reduction": "batchmean"})
+}
+
+Inputs = dict[str, Tensor]
+
+
+def make_inputs(case: Case, seed: int, dtype: torch.dtype, device: str, shape: tuple[int, int] = SHAPE) -> Inputs:
+    """Student, teacher, extras, and the factor that the gradient of the loss begins with."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = make_pair(*shape, dtype=torch.float64, seed=seed)
+    if case.function is kl_div:
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+        teacher = teacher if case.options.get("log_target") else teacher.exp()
+    made = {name: EXTRAS[name](shape[0], generator) for name in case.extras}
+    made["factor"] = 0.5 + torch.rand((), generator=generator)
+    return {"student": student.to(device, dtype), "teacher": teacher.to(device, dtype)} | {
+        name: tensor.to(device) for name, tensor in made.items()
+    }
+
+
+def forward(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss, its leaves, and what its gradient begins with."""
+    leaves = [inputs[side].detach().requires_grad_() for side in ("student", "teacher")]
+    extras = {name: inputs[name] for name in case.extras}
+    loss = case.function(*(leaf.clone() for leaf in leaves), **extras, **case.options)
+    return loss, leaves, inputs["factor"].to(loss.dtype).expand_as(loss)
+
+
+def compute(case: Case, inputs: Inputs) -> list[Tensor]:
+    """The loss and both gradients."""
+    loss, leaves, grad_output = forward(case, inputs)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, grad_output)]
+
+
+def assert_equal(results: list[Tensor], expected: list[Tensor]) -> None:
+    """To the bit, and of numbers alone: a NaN would mean that something was read too early."""
+    for value, other in zip(results, expected, strict=True):
+        assert value.dtype == other.dtype
+        assert other.isfinite().all() and other.any()
+        assert torch.equal(value, other)
+
+
+# ---------------------------------------------------------------- nothing waits for the device
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An operator that waits for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_waiting_is_noticed(device: str) -> None:
+    """What the next test relies on."""
+    value = torch.ones((), device=device)
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        value.item()
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.as_tensor(3, device=device)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_waits(device: str, name: str) -> None:
+    case = CASES[name]
+    for dtype in DTYPES:
+        inputs = make_inputs(case, 1, dtype, device)
+        with no_waiting():
+            compute(case, inputs)
+            with torch.no_grad():
+                forward(case, inputs)
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+def capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of `function`, and the tensors that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs
+
+
+@NO_CACHE
+@pytest.mark.parametrize("name", CASES)
+def test_graph(device: str, name: str) -> None:
+    """A captured step gives eager's bits for whatever its inputs hold when it is replayed."""
+    case = CASES[name]
+    for dtype in DTYPES:
+        static = make_inputs(case, 0, dtype, device)
+        graph, outputs = capture(lambda static=static: compute(case, static))
+        for seed in (1, 2):
+            inputs = make_inputs(case, seed, dtype, device)
+            for key, tensor in static.items():
+                tensor.copy_(inputs[key])
+            for output in outputs:
+                output.fill_(torch.nan)
+            graph.replay()
+            assert_equal(outputs, compute(case, inputs))
+
+
+class Head(nn.Module):
+    """Something to learn in front of a loss, from operators whose bits do not depend on where they run."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(-1, 1, SHAPE[1]))
+        self.loss = DistillationLoss(**options)
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(student + self.bias, teacher, labels)
+
+
+@NO_CACHE
+@pytest.mark.parametrize("options", [FORWARD_KL.options, JSD.options], ids=["forward_kl", "jsd"])
+def test_graphed_callable(device: str, options: dict[str, Any]) -> None:
+    """Some steps of a module whose passes are graphs are those of the module itself."""
+    case = Case(distillation_loss, ("labels",), {})
+
+    def arguments(seed: int) -> tuple[Tensor, ...]:
+        inputs = make_inputs(case, seed, torch.float32, device)
+        return inputs["student"].requires_grad_(), inputs["teacher"], inputs["labels"]
+
+    eager = Head(options).to(device)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(eager), arguments(0))
+    results: list[list[Tensor]] = []
+    for module in (eager, graphed):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        results.append([])
+        for seed in (1, 2, 3):
+            optimizer.zero_grad()
+            student, *others = arguments(seed)
+            loss = module(student, *others)
+            loss.backward()
+            optimizer.step()
+            results[-1] += [loss.detach().clone(), student.grad.clone(), module.bias.detach().clone()]
+    assert_equal(*results)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def behind_a_slow_kernel(work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What `work` returns, queued on the current stream while a kernel runs there that outlasts the queueing: whatever
+    it puts on another stream without making that one wait is done long before.
+    """
+    for cycles in (10**8, 10**9, 10**10):  # a twentieth of a second and more
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        slept = torch.cuda.Event()
+        slept.record()
+        results = work()
+        if not slept.query():
+            torch.cuda.synchronize()
+            return results
+    pytest.fail("queueing a step takes ten billion cycles of the device: something makes the host wait for it")
+
+
+class Late(NamedTuple):
+    """Inputs that hold NaN, or 0, until copies on the stream that is current then fill them."""
+
+    held: Inputs
+    right: Inputs
+
+    @staticmethod
+    def make(case: Case, dtype: torch.dtype, device: str) -> Late:
+        right = make_inputs(case, 1, dtype, device)
+        held = {key: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for key, t in right.items()}
+        return Late(held, right)
+
+    def filled(self) -> Inputs:
+        for name, tensor in self.held.items():
+            tensor.copy_(self.right[name])
+        return self.held
+
+
+# Where a step runs, given a second stream and what fills the inputs. Each is tried once before, with inputs of NaN, so
+# that kernels are loaded and memory is at hand that holds nothing right.
+
+
+def all_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
+    with torch.cuda.stream(side):
+        compute(case, late.held)
+        return behind_a_slow_kernel(lambda: compute(case, late.filled()))
+
+
+def only_forward_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
+    outside = torch.cuda.current_stream()
+
+    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
+        loss, leaves, grad_output = forward(case, fill())
+        with torch.cuda.stream(outside):
+            gradients = torch.autograd.grad(loss, leaves, grad_output)
+            return [loss.detach(), *(gradient.clone() for gradient in gradients)]
+
+    with torch.cuda.stream(side):
+        step(lambda: late.held)
+        return behind_a_slow_kernel(lambda: step(late.filled))
+
+
+def only_backward_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
+    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
+        loss, leaves, grad_output = forward(case, fill())
+        with torch.cuda.stream(side):
+            gradients = torch.autograd.grad(loss, leaves, grad_output)
+            return [loss.detach(), *(gradient.clone() for gradient in gradients)]
+
+    step(lambda: late.held)
+    return behind_a_slow_kernel(lambda: step(late.filled))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [all_on_a_side_stream, only_forward_on_a_side_stream, only_backward_on_a_side_stream],
+    ids=lambda function: function.__name__,
+)
+@pytest.mark.parametrize("name", FEW_CASES)
+def test_streams(device: str, name: str, where: Callable[..., list[Tensor]]) -> None:
+    """Everything runs on the stream that is current, and gradients are ready on the stream that asked for them."""
+    case = FEW_CASES[name]
+    for dtype in DTYPES:
+        late = Late.make(case, dtype, device)
+        results = where(case, torch.cuda.Stream(), late)
+        assert_equal(results, compute(case, late.right))  # computed now, so that no memory held it before
+
+
+# ---------------------------------------------------------------- a second device
+
+
+@TWO_DEVICES
+@pytest.mark.parametrize("name", CASES)
+def test_second_device(device: str, name: str) -> None:
+    """Tensors decide where a step runs, not the current device, which stays what it was."""
+    case = CASES[name]
+    for dtype, current in itertools.product(DTYPES, (0, 1)):
+        expected = compute(case, make_inputs(case, 1, dtype, "cuda:0"))
+        with torch.cuda.device(current):
+            results = compute(case, make_inputs(case, 1, dtype, "cuda:1"))
+            assert torch.cuda.current_device() == current
+        for value, other in zip(results, expected, strict=True):
+            assert value.device == torch.device("cuda", 1)
+            torch.testing.assert_close(value.cpu(), other.cpu())
+
+
+@TWO_DEVICES
+@pytest.mark.parametrize("name", FEW_CASES)
+def test_stream_of_the_second_device(device: str, name: str) -> None:
+    """The stream that is current there, while the other device is the current one."""
+    case = FEW_CASES[name]
+    late = Late.make(case, torch.float32, "cuda:1")
+
+    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
+        with torch.cuda.device(0):
+            return compute(case, fill())
+
+    with torch.cuda.stream(torch.cuda.Stream(1)):  # makes its device the current one as well
+        step(lambda: late.held)
+        results = behind_a_slow_kernel(lambda: step(late.filled))
+    assert_equal(results, compute(case, late.right))
+
+
+@TWO_DEVICES
+def test_two_devices_in_one_call(device: str) -> None:
+    student, teacher = make_pair(*SHAPE)
+    with pytest.raises(ValueError, match="teacher_logits must be on student_logits' device"):
+        distillation_loss(student.to("cuda:0"), teacher.to("cuda:1"))
+
+
+# ---------------------------------------------------------------- memory
+
+# Without the caching allocator every tensor has pages of its own, which are gone as soon as it is.
+UNCACHED = """
+import sys
+from test_cuda_contract import CASES, DTYPES, FEW_CASES, assert_equal, compute, make_inputs
+
+for cases, times in ((CASES, 3), (FEW_CASES, 100)):
+    for name, case in cases.items():
+        for dtype in DTYPES:
+            inputs = make_inputs(case, 1, dtype, sys.argv[1])
+            first = compute(case, inputs)
+            for _ in range(times):
+                assert_equal(compute(case, inputs), first)
+            for value, other in zip(first, compute(case, make_inputs(case, 1, dtype, "cpu")), strict=True):
+                value, other = value.cpu().double(), other.double()
+                assert (value - other).norm() < 1e-2 * other.norm(), (name, dtype)
+print("done")
+"""
+
+
+def test_without_the_caching_allocator(device: str) -> None:
+    folders = [str(Path(__file__).parent), str(Path(kldiv_ext.__file__).parent.parent)]
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH", "")])),
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-c", UNCACHED, device]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["done"]
+
+
+LARGE = (256, 2**17)
+REST = 2**20  # all that grows with the rows alone, and what the allocator rounds up: a sixtieth of the least gradient
+
+
+def extra_bytes(function: Callable[[], Any]) -> int:
+    """The most that is allocated at a time from the call of `function` until its result has been returned."""
+    gc.collect()  # what dies later would be counted as a gain
+    torch.cuda.empty_cache()  # blocks left by others are of other sizes, and may be handed out whole
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    extra = torch.cuda.max_memory_allocated() - before
+    del result
+    return extra
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], wanted: int) -> list[Any]:
+    """What the first `wanted` inputs, as leaves, have accumulated after a backward pass."""
+    leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(inputs)]
+    function(*leaves).sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def assert_memory_is_the_gradients(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> None:
+    inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
+    assert extra_bytes(lambda: function(*inputs)) <= REST
+    for wanted in (1, 2):
+        needed = wanted * inputs[0].nbytes
+        assert needed <= extra_bytes(lambda wanted=wanted: gradients(function, inputs, wanted)) <= needed + REST
+
+
+@NO_CACHE
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_memory(device: str, divergence: Divergence) -> None:
+    """A forward pass needs some bytes per row, and a step beside them the gradients that are asked for."""
+    weight = torch.rand(LARGE[0], device=device)
+    for dtype, reduction in itertools.product(DTYPES, ("mean", "none")):
+        options = {**divergence.options, "weight": weight, "reduction": reduction}
+        assert_memory_is_the_gradients(functools.partial(distillation_loss, **options), dtype, device)
+
+
+@NO_CACHE
+@pytest.mark.parametrize("log_target", [False, True])
+def test_memory_of_kl_div(device: str, log_target: bool) -> None:
+    for dtype in DTYPES:
+        loss = functools.partial(kl_div, reduction="batchmean", log_target=log_target)
+        assert_memory_is_the_gradients(loss, dtype, device)
+
+
+# ---------------------------------------------------------------- determinism
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Operators without a deterministic algorithm raise, and what torch allocates begins as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_runs_are_equal(device: str, name: str) -> None:
+    """Alone, beside other work on the device, and on memory that nobody has written."""
+    case = CASES[name]
+    busy, factor = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
+    for dtype in DTYPES:
+        inputs = make_inputs(case, 1, dtype, device, (300, 5003))
+        first = compute(case, inputs)
+        assert_equal(compute(case, inputs), first)
+        with torch.cuda.stream(busy):
+            for _ in range(20):
+                factor @ factor
+        assert_equal(compute(case, inputs), first)
+        with deterministic():
+            assert_equal(compute(case, inputs), first)
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FEW_CASES)
+def test_autocast(device: str, name: str, dtype: torch.dtype) -> None:
+    """The logits of a layer under autocast; the loss inside the region is the one outside."""
+    case = FEW_CASES[name]
+    inputs = make_inputs(case, 1, torch.float32, device)
+    layer = nn.Linear(64, SHAPE[1], device=device)
+    hidden = torch.randn(SHAPE[0], 64, device=device)
+    extras = {key: inputs[key] for key in case.extras}
+
+    def step(inside: bool) -> list[Tensor]:
+        layer.zero_grad()
+        with torch.autocast(device, dtype):
+            logits = layer(hidden)
+            assert logits.dtype == dtype
+            with torch.autocast(device, dtype, enabled=inside):
+                if case.function is kl_div:
+                    logits = logits.float().log_softmax(-1)
+                loss = case.function(logits, inputs["teacher"], **extras, **case.options)
+        assert loss.dtype == torch.float32
+        (2.0**10 * loss.sum()).backward()
+        return [loss.detach(), layer.weight.grad.clone(), layer.bias.grad.clone()]
+
+    assert_equal(step(True), step(False))

@@ -1,0 +1,499 @@
+"""Losses inside training: micro-batches, a moving teacher, mixed precision, several processes, compiler caches."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kldiv_ext
+from kldiv_ext import distillation_loss, kl_div, reference
+
+VOCABULARY, WIDTH = 96, 16
+PROCESSES = 2
+
+# ---------------------------------------------------------------- losses, model and data
+
+
+class Loss(NamedTuple):
+    """One loss twice: (student_logits, teacher_logits, labels, num_items=None) -> Tensor."""
+
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+
+
+def with_options(**options: Any) -> Loss:
+    return Loss(
+        functools.partial(distillation_loss, **options), functools.partial(reference.distillation_loss, **options)
+    )
+
+
+def of_probabilities(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kl_div in the place of a distillation_loss."""
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
+        counts = labels != -100
+        total = divergence(student[counts].log_softmax(-1), teacher[counts].softmax(-1), reduction="sum")
+        return total / (counts.sum() if num_items is None else num_items)
+
+    return loss
+
+
+LOSSES = {
+    "forward_kl": with_options(),
+    "jsd": with_options(divergence="jsd", beta=0.1, temperature=2.0, scale_by_temperature_squared=True),
+    "alpha": with_options(divergence="alpha"),
+    "kl_div": Loss(of_probabilities(kl_div), of_probabilities(reference.kl_div)),
+}
+
+
+class Model(nn.Module):
+    """The smallest language model."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=0.5, generator=generator)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.layer(self.embedding(ids)).tanh()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.hidden(ids))
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # [N, L]
+    teacher: Tensor  # [N, L, V]
+    labels: Tensor  # [N, L]
+
+    @property
+    def num_items(self) -> Tensor:
+        return (self.labels != -100).sum()
+
+    def rows(self, first: int, last: int) -> Batch:
+        return Batch(*(t[first:last] for t in self))
+
+
+def make_batch(seed: int, device: str = "cpu") -> Batch:
+    """Twelve sequences, of which a third of the positions and all of the last two do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(0, VOCABULARY, (2, 12, 5), generator=generator)
+    labels[torch.rand(12, 5, generator=generator) < 0.3] = -100
+    labels[10:] = -100
+    teacher = torch.randn(12, 5, VOCABULARY, generator=generator)
+    return Batch(ids.to(device), teacher.to(device), labels.to(device))
+
+
+STEPS = 3
+MICRO_BATCHES = ((0, 1), (1, 7), (7, 10), (10, 12))  # unequal, the last one without a position that counts
+
+
+def assert_close(values: list[Tensor | None], expected: list[Tensor | None], tolerance: float = 1e-4) -> None:
+    """Each within `tolerance` of its size, which for small changes of large parameters is what float32 leaves; None
+    where None is expected.
+    """
+    assert len(values) == len(expected) > 0
+    for value, other in zip(values, expected, strict=True):
+        assert (value is None) == (other is None)
+        if value is not None and other is not None:
+            assert other.any(), "the test would not see a silent zero"
+            error = (value.double() - other.double()).norm() / other.double().norm()
+            assert error < tolerance, f"relative error {error:.2e}"
+
+
+# ---------------------------------------------------------------- one process
+
+
+def take_steps(module: nn.Module, device: str, backward: Callable[[Batch], None]) -> list[Tensor]:
+    """How some steps change the parameters."""
+    start = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+    for seed in range(STEPS):
+        backward(make_batch(seed, device))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [after.detach() - before for after, before in zip(module.parameters(), start, strict=True)]
+
+
+def accumulation(loss: Callable[..., Tensor], device: str, micro_batches: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Micro-batches that share the number of items."""
+    model = Model().to(device)
+
+    def backward(batch: Batch) -> None:
+        for part in (batch.rows(*rows) for rows in micro_batches):
+            loss(model(part.ids), part.teacher, part.labels, num_items=batch.num_items).backward()
+
+    return take_steps(model, device, backward)
+
+
+def moving_teacher(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+    """A teacher without gradients that follows the student, already between its forward and backward passes."""
+    both = nn.ModuleList([Model(0), Model(1).requires_grad_(False)]).to(device)
+    student, teacher = both
+
+    def backward(batch: Batch) -> None:
+        value = loss(student(batch.ids), teacher(batch.ids), batch.labels)
+        for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+            mine.lerp_(theirs.detach(), 0.1)
+        value.backward()
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+    return take_steps(both, device, backward)
+
+
+def learning_teacher(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+    """Both sides learn, and share their embedding."""
+    both = nn.ModuleList([Model(0), Model(1)]).to(device)
+    student, teacher = both
+    teacher.embedding = student.embedding
+
+    def backward(batch: Batch) -> None:
+        loss(student(batch.ids), teacher(batch.ids), batch.labels).backward()
+
+    return take_steps(both, device, backward)
+
+
+def gradient_penalty(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+    """One backward pass through the loss and through its gradient."""
+    model = Model().to(device)
+
+    def backward(batch: Batch) -> None:
+        hidden = model.hidden(batch.ids)
+        value = loss(model.head(hidden), batch.teacher, batch.labels)
+        (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+        (value + 30 * gradient.square().sum()).backward()
+
+    return take_steps(model, device, backward)
+
+
+LOOPS = {f.__name__: f for f in (moving_teacher, learning_teacher, gradient_penalty)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loop(device: str, loop: str, loss: str) -> None:
+    """It trains as it does with the plain loss."""
+    assert_close(*(LOOPS[loop](function, device) for function in LOSSES[loss]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accumulation(device: str, loss: str) -> None:
+    """Unequal micro-batches train as the plain loss of the whole batch does."""
+    ours, plain = LOSSES[loss]
+    assert_close(accumulation(ours, device, MICRO_BATCHES), accumulation(plain, device, ((0, 12),)))
+
+
+def mixed_precision(loss: Callable[..., Tensor], device: str) -> tuple[list[Tensor], list[float]]:
+    """float16 logits and a GradScaler that begins too high. Among so many items the gradients of the logits, unscaled,
+    are less than the smallest number of float16. Returns the changes of the parameters, and the scales.
+    """
+    model = Model().to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**64, backoff_factor=2.0**-40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e6)
+    scales = []
+    for seed in range(STEPS):
+        batch = make_batch(seed, device)
+        with torch.autocast(device, torch.float16):
+            logits = model(batch.ids)
+        assert logits.dtype == torch.float16
+        value = loss(logits, batch.teacher.half(), batch.labels, num_items=10**7)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        optimizer.zero_grad()
+    start = Model().to(device).parameters()
+    return [(after - before).detach() for after, before in zip(model.parameters(), start, strict=True)], scales
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kl_div"])  # whose loss is float16, and overflows
+def test_gradient_scaler(device: str, loss: str) -> None:
+    """An overflow is seen and its step left out; the other steps are as accurate as float16."""
+    (ours, our_scales), (plain, plain_scales) = (mixed_precision(function, device) for function in LOSSES[loss])
+    assert our_scales == plain_scales == [2.0**24] * STEPS, "not the first step alone overflowed"
+    assert_close(ours, plain, tolerance=2e-3)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class Step(nn.Module):
+    """Student and loss, the module that is distributed: a call is a forward pass."""
+
+    def __init__(self, loss: Callable[..., Tensor], reentrant: bool | None = None, spare: bool = False) -> None:
+        super().__init__()
+        self.model = Model()
+        self.loss = loss
+        self.reentrant = reentrant  # recompute head and loss in backward, by either checkpoint
+        if spare:
+            self.spare = nn.Linear(2, 2)
+
+    def from_hidden(self, hidden: Tensor, teacher: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
+        return self.loss(self.model.head(hidden), teacher, labels, num_items=num_items)
+
+    def forward(self, batch: Batch, num_items: Tensor) -> Tensor:
+        arguments = (self.model.hidden(batch.ids), batch.teacher, batch.labels, num_items)
+        if self.reentrant is None:
+            return self.from_hidden(*arguments)
+        return checkpoint(self.from_hidden, *arguments, use_reentrant=self.reentrant)
+
+
+def ddp(module: nn.Module, **options: Any) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module, **options)
+
+
+def fsdp(module: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({nn.Linear})
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(module, auto_wrap_policy=policy, device_id=device, use_orig_params=True)
+
+
+def fully_shard(module: Step) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for part in (*module.model.children(), module):
+        fully_shard(part, mesh=mesh)
+    return module
+
+
+class Job(NamedTuple):
+    """A training run shared by all processes."""
+
+    distribute: Callable[..., nn.Module]
+    loss: str = "forward_kl"
+    accumulate: bool = False  # communicate after the last micro-batch alone
+    step: dict[str, Any] = {}  # noqa: RUF012, nobody writes to it
+
+
+JOBS = {
+    **{f"DDP, {loss}": Job(ddp, loss) for loss in LOSSES},
+    "DDP, accumulation": Job(ddp, accumulate=True),
+    "DDP, find_unused_parameters": Job(functools.partial(ddp, find_unused_parameters=True), step={"spare": True}),
+    "DDP, static_graph": Job(functools.partial(ddp, static_graph=True)),
+    "DDP, gradient_as_bucket_view": Job(functools.partial(ddp, gradient_as_bucket_view=True), "jsd", True),
+    "DDP, checkpoint": Job(ddp, "jsd", step={"reentrant": False}),
+    "DDP, reentrant checkpoint": Job(ddp, step={"reentrant": True}),
+    "DDP, compiled": Job(lambda module: torch.compile(ddp(module), backend="aot_eager")),
+    "FSDP": Job(fsdp),
+    "FSDP, accumulation": Job(fsdp, "jsd", True),
+    "FSDP, checkpoint": Job(fsdp, step={"reentrant": False}),
+    "fully_shard": Job(fully_shard),
+    "fully_shard, checkpoint": Job(fully_shard, "jsd", step={"reentrant": False}),
+}
+
+
+class Outcome(NamedTuple):
+    losses: list[Tensor]  # of every step
+    gradients: dict[str, Tensor | None]  # of the last one
+
+
+def full_gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """By the names that the parameters had before they were distributed."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = contextlib.nullcontext()
+    if isinstance(module, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(module, with_grads=True)
+    gradients = {}
+    with whole:
+        for name, parameter in module.named_parameters():
+            parts = [p for p in name.split(".") if p not in ("module", "_orig_mod", "_fsdp_wrapped_module")]
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            gradients[".".join(parts)] = None if gradient is None else gradient.clone()
+    return gradients
+
+
+def train(job: Job, mine: slice) -> Outcome:
+    """One process's part: its micro-batches of each step. The gradients of all are averaged."""
+    module = job.distribute(Step(LOSSES[job.loss].ours, **job.step))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    losses = []
+    for seed in range(STEPS):
+        optimizer.zero_grad()
+        batch = make_batch(seed)
+        value = torch.zeros(())
+        for rows in MICRO_BATCHES[mine]:
+            alone = job.accumulate and rows != MICRO_BATCHES[mine][-1]
+            with module.no_sync() if alone else contextlib.nullcontext():
+                loss = module(batch.rows(*rows), batch.num_items)
+                (PROCESSES * loss).backward()
+            value += loss.detach()
+        losses.append(value)
+        if seed + 1 < STEPS:
+            optimizer.step()
+    return Outcome(losses, full_gradients(module))
+
+
+def train_alone(job: Job) -> Outcome:
+    """The same in one process: whole batches, the plain loss and nothing else of the job."""
+    module = Step(LOSSES[job.loss].plain, spare=job.step.get("spare", False))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    losses = []
+    for seed in range(STEPS):
+        optimizer.zero_grad()
+        batch = make_batch(seed)
+        losses.append(module(batch, batch.num_items))
+        losses[-1].backward()
+        if seed + 1 < STEPS:
+            optimizer.step()
+    return Outcome([loss.detach() for loss in losses], {n: p.grad for n, p in module.named_parameters()})
+
+
+def run_jobs(rank: int, folder: Path) -> None:
+    """A process: all jobs, or those up to the first that raises; what they gave goes to a file."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
+    torch.set_num_threads(1)
+    outcomes: dict[str, Any] = {}
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=PROCESSES,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        half = len(MICRO_BATCHES) // PROCESSES
+        for name, job in JOBS.items():
+            outcomes[name] = f"{name}, process {rank}: not finished"
+            outcomes[name] = tuple(train(job, slice(rank * half, (rank + 1) * half)))
+    except Exception:  # the other process's next communication then raises too
+        outcomes[list(outcomes)[-1] if outcomes else ""] = f"process {rank}: {traceback.format_exc()}"
+    torch.save(outcomes, folder / f"{rank}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of every process, by job: an Outcome, or the text of an exception."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch is built without gloo")
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(run_jobs, (folder,), PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_processes(outcomes: list[dict[str, Any]], name: str) -> None:
+    """The losses of the processes add up to one process's, and each has its gradients."""
+    errors = [text for results in outcomes for text in results.values() if isinstance(text, str)]
+    if any(not isinstance(results.get(name), tuple) for results in outcomes):
+        pytest.fail("\n".join(errors), pytrace=False)
+    expected = train_alone(JOBS[name])
+    each = [Outcome(*results[name]) for results in outcomes]
+    assert_close([sum(values) for values in zip(*(o.losses for o in each), strict=True)], expected.losses)
+    for outcome in each:
+        assert list(outcome.gradients) == list(expected.gradients)
+        assert_close(list(outcome.gradients.values()), list(expected.gradients.values()))
+
+
+# ---------------------------------------------------------------- the compiler's caches
+
+COMPILED_TWICE = """
+import json
+import sys
+import torch
+from torch._dynamo.utils import counters
+from kldiv_ext import distillation_loss, kl_div
+
+CASES = json.loads(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+student, teacher = torch.randn(2, 4, 37, generator=generator)
+
+def run(function):
+    leaf = student.clone().requires_grad_()
+    losses = function(leaf, teacher)
+    losses.sum().backward()
+    return torch.cat([losses.detach().reshape(-1), leaf.grad.reshape(-1)])
+
+report = {}
+for name, options in CASES.items():
+    loss = kl_div if name.startswith("kl_div") else distillation_loss
+    function = lambda s, t: loss(s, t, **options)
+    for allowed in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=allowed):
+            result = run(torch.compile(function, fullgraph=True))
+        assert torch.equal(result, run(function)), name
+        kinds = {**counters["aot_autograd"], **counters["inductor"]}
+        report[f"{name}, {allowed}"] = {
+            "counters": {kind: count for kind, count in kinds.items() if "cache" in kind},
+            "bits": result.view(torch.int32).tolist(),
+        }
+print(json.dumps(report))
+"""
+
+# Options that are baked into what is cached, so that a case must not be served another's.
+CACHED = {
+    "mean": {},
+    "jsd": {"divergence": "jsd", "reduction": "none"},
+    "temperature": {"divergence": "jsd", "reduction": "none", "temperature": 2.0},
+    "kl_div": {"reduction": "sum", "log_target": True},
+}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_compiler_caches(tmp_path: Path) -> None:
+    """A second process takes everything from the caches of the first, and gets the same bits.
+
+    By default AOTAutograd's own cache leaves every autograd.Function out, and inductor's beneath it serves; allowed to
+    keep them, it serves alone.
+    """
+    paths = [str(Path(kldiv_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # plain loops, without seconds of trying what the compiler can do
+    }
+    reports = []
+    for _ in range(2):
+        command = [sys.executable, "-c", COMPILED_TWICE, json.dumps(CACHED)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout.splitlines()[-1]))
+    cold, warm = reports
+    assert len(warm) == 2 * len(CACHED)
+    for name in warm:
+        assert warm[name]["bits"] == cold[name]["bits"]
+        counters = warm[name]["counters"]
+        assert not any("miss" in kind or kind == "fxgraph_cache_bypass" for kind in counters), f"{name}: {counters}"
+        if name.endswith("True"):
+            assert counters["autograd_cache_hit"] == 1 and "autograd_cache_bypass" not in counters
+            assert cold[name]["counters"]["autograd_cache_miss"] == 1
+        else:
+            assert counters["fxgraph_cache_hit"] == 2  # forward and backward
+            assert cold[name]["counters"]["fxgraph_cache_miss"] >= 1  # some share one of their graphs
