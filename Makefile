@@ -22,6 +22,7 @@ lint: $(STAMP)
 # CPU and, where there is one, GPU: results as JSON, then the README's tables and the plots from them.
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
+	$(BIN)/python -m benchmarks.accuracy --json benchmarks/results/accuracy-$(shell date +%F).json
 	$(BIN)/python -m benchmarks.report
 
 # One wheel, built once, tested under the oldest and the newest torch.

@@ -1,13 +1,8 @@
 """The benchmark command: `python -m benchmarks --help`."""
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +12,6 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import kldiv_ext
-import kldiv_ext.info
 from benchmarks.contenders import (
     CONTENDERS,
     LOG_TARGETS,
@@ -34,6 +28,8 @@ from benchmarks.measure import (
     quantiles,
     time_steps,
 )
+from benchmarks.promises import GRADIENT_PROMISE, LOSS_PROMISE
+from benchmarks.provenance import provenance
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("distillation_loss", "kl_div")
@@ -51,8 +47,6 @@ MINIMUM_TRAFFIC = {
     ("kl_div", "forward"): 2,
     ("kl_div", "forward_backward"): 4,
 }
-# What kldiv_ext promises (relative; the loss within its own dtype's rounding if that is coarser).
-LOSS_PROMISE, GRAD_PROMISE = 1e-5, 4e-3
 # A gradient this far off is not the same computation, and its time would mean nothing.
 ABSURD_GRAD_ERROR = 0.5
 # Table heading: key of the result row and how its value is printed.
@@ -204,62 +198,13 @@ def verify(name: str, step: Step, expected: tuple[float, torch.Tensor]) -> dict[
         return {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     # Comparisons are written so that NaN is wrong.
     right = loss_error < float("inf") and (grad_error is None or grad_error <= ABSURD_GRAD_ERROR)
-    if name == "kldiv_ext":
-        right = loss_error <= max(LOSS_PROMISE, loss_eps) and (grad_error is None or grad_error <= GRAD_PROMISE)
+    if name == "kldiv_ext":  # the loss within its own dtype's rounding if that is coarser
+        right = loss_error <= max(LOSS_PROMISE, loss_eps) and (grad_error is None or grad_error <= GRADIENT_PROMISE)
     return {
         "loss_error": loss_error,
         "grad_error": grad_error,
         "status": "ok" if right else "WRONG",
     }
-
-
-def machine(device: str, bandwidth: float | None) -> dict[str, Any]:
-    return {
-        "device": device,
-        "cpu": cpu_model(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "gpu_memory_bytes": (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "copy_bytes_per_second": bandwidth,
-        "isa": kldiv_ext.info.collect().get("isa"),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "kldiv_ext": kldiv_ext.__version__,
-    }
-    for package in ("torch", "triton", "liger_kernel"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -278,15 +223,8 @@ def main(argv: list[str]) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     bandwidth = None if args.check else copy_bandwidth(args.device)
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks", *argv]),
-        "commit": git_commit(),
-        "machine": machine(args.device, bandwidth),
-        "versions": versions(),
-        "temperature": TEMPERATURE,
-        "results": [],
-    }
+    head = provenance(" ".join(["python -m benchmarks", *argv]), args.device, bandwidth)
+    report: dict[str, Any] = {**head, "temperature": TEMPERATURE, "results": []}
     progress = tqdm(list(problems(args)), unit="problem", dynamic_ncols=True)
     for problem in progress:
         progress.set_description(str(problem))

@@ -59,9 +59,9 @@ def make_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def reference(problem: Problem, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-    """Loss and student gradient (stored as fp32) in fp64 from the rounded inputs."""
+    """Loss and student gradient (stored as fp32, or as fp64 for fp64) in fp64 from the rounded inputs."""
     loss = 0.0
-    gradient = torch.empty_like(student, dtype=torch.float32)
+    gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
     step = max(1, REFERENCE_CHUNK // problem.vocab)
     for start in range(0, problem.rows, step):
         s = student[start : start + step].detach().double().requires_grad_()
@@ -182,9 +182,16 @@ def _compiled(build: Callable[[Problem], Loss | None]) -> Callable[[Problem], Lo
     return build_compiled
 
 
+def liger_missing(device: str) -> str | None:
+    """Why Liger-Kernel cannot take part."""
+    if device != "cuda":
+        return "its kernels are Triton's and run on a GPU alone"
+    return None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+
+
 def _liger(problem: Problem) -> Loss | None:
     """Liger-Kernel takes (log-)probabilities, so from logits PyTorch's softmaxes come first."""
-    if problem.device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+    if liger_missing(problem.device):
         return None
     from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss, LigerTVDLoss  # type: ignore[import-not-found]
 

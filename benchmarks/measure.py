@@ -26,6 +26,7 @@ class Step:
 
     def __init__(self, loss: Loss, student: Tensor, teacher: Tensor, backward: bool) -> None:
         self.loss, self.student, self.teacher, self.backward = loss, student, teacher, backward
+        self.scale = GRAD_SCALE.get(student.dtype, 1.0)
 
     def reset(self) -> None:
         """Free the last gradient, so that every run allocates its own."""
@@ -36,8 +37,7 @@ class Step:
             with torch.no_grad():
                 return self.loss(self.student, self.teacher)
         loss = self.loss(self.student, self.teacher)
-        scale = GRAD_SCALE.get(self.student.dtype)
-        torch.autograd.backward(loss, None if scale is None else torch.full_like(loss, scale))
+        torch.autograd.backward(loss, None if self.scale == 1 else torch.full_like(loss, self.scale))
         return loss
 
 
@@ -53,7 +53,7 @@ def errors(step: Step, expected: tuple[float, Tensor]) -> tuple[float, float | N
     if not step.backward:
         return loss_error, None, eps
     assert step.student.grad is not None
-    gradient = step.student.grad.float() / GRAD_SCALE.get(step.student.dtype, 1.0)
+    gradient = step.student.grad.float() / step.scale
     step.reset()
     difference = torch.linalg.vector_norm(gradient.sub_(expected[1]))
     return loss_error, (difference / torch.linalg.vector_norm(expected[1])).item(), eps

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_accuracy
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- benchmark:(\S+) begin -->\n).*?(<!-- benchmark:\2 end -->)", re.DOTALL)
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # as tables are named, as results name it
-UNMEASURED = {
-    "cpu": "The speed of the CPU kernels has not been measured yet.",
-    "gpu": "The speed of the CUDA kernels has not been measured yet.",
-}
+KERNELS = {"cpu": "CPU", "gpu": "CUDA"}
 
 Row = dict[str, Any]
 Run = dict[str, Any]
@@ -35,10 +34,6 @@ def _time_cell(row: Row) -> str:
 def _memory_cell(row: Row) -> str:
     size = row["peak_extra_bytes"]
     return "not measured" if size is None else f"{_number(size / 1e6)} MB"
-
-
-def _accuracy_cell(row: Row) -> str:
-    return f"{row['grad_error']:.1e}"
 
 
 def _is_forward_kl(row: Row) -> bool:
@@ -112,13 +107,6 @@ TABLES = {
         ("of which the gradient", lambda row: f"{_number(row['gradient_bytes'] / 1e6)} MB"),
         "Peak memory of forward and backward beyond the two inputs.",
     ),
-    "accuracy": Table(
-        _summary_backward,
-        ("shape", "dtype"),
-        _accuracy_cell,
-        None,
-        "Relative L2 error of the student gradient against fp64.",
-    ),
 }
 LABELS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "shape": ("rows x vocabulary", lambda row: f"{row['rows']} x {row['vocab']}"),
@@ -133,14 +121,22 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.3f}"
 
 
-def _newest(results: Path, device: str, select: Select) -> Run | None:
-    """The newest run on that device with a time among the selected rows."""
+def _newest(results: Path, device: str, fits: Callable[[Run], bool]) -> Run | None:
+    """The newest run on that device that fits."""
     runs: list[Run] = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     for run in sorted(runs, key=lambda run: run["date"], reverse=True):
-        timed = any("ms_p50" in row for row in select(run["results"]))
-        if timed and run["machine"]["device"] == device:
+        if run["machine"]["device"] == device and fits(run):
             return run
     return None
+
+
+def _newest_timed(results: Path, device: str, select: Select) -> Run | None:
+    """With a time among the selected rows."""
+    return _newest(results, device, lambda run: any("ms_p50" in row for row in select(run.get("results", []))))
+
+
+def _newest_accuracy(results: Path, device: str) -> Run | None:
+    return _newest(results, device, lambda run: bool(run.get("accuracy")))
 
 
 def _markdown(table: Table, run: Run) -> str:
@@ -185,12 +181,19 @@ def _caption(table: Table, run: Run) -> str:
 def generate(name: str, results: Path) -> str:
     """The text of one table, for example "cpu-summary"."""
     device, _, kind = name.partition("-")
-    if device not in DEVICES or kind not in TABLES:
+    if device not in DEVICES or kind not in {*TABLES, *report_accuracy.TABLES}:
         raise ValueError(f"no benchmark table is called {name!r}")
-    run = _newest(results, DEVICES[device], TABLES[kind].select)
+    if kind in report_accuracy.TABLES:
+        run = _newest_accuracy(results, DEVICES[device])
+        return unmeasured(device, "accuracy") if run is None else report_accuracy.TABLES[kind](run)
+    run = _newest_timed(results, DEVICES[device], TABLES[kind].select)
     if run is None:
-        return UNMEASURED[device]
+        return unmeasured(device, "speed")
     return _markdown(TABLES[kind], run) + "\n\n" + _caption(TABLES[kind], run)
+
+
+def unmeasured(device: str, what: str) -> str:
+    return f"The {what} of the {KERNELS[device]} kernels has not been measured yet."
 
 
 def render(readme: str, results: Path) -> str:
@@ -202,7 +205,7 @@ def render(readme: str, results: Path) -> str:
 
 
 def plot(results: Path) -> list[Path]:
-    """Two plots per measured device: time per divergence and share of the copy bandwidth."""
+    """Per measured device: time per divergence, share of the copy bandwidth, and accuracy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,10 +213,14 @@ def plot(results: Path) -> list[Path]:
     written = []
     for device, name in DEVICES.items():
         for select, field in ((_divergences_backward, "ratio"), (_summary_backward, "share")):
-            run = _newest(results, name, select)
+            run = _newest_timed(results, name, select)
             if run is not None:
                 written.append(results / "plots" / f"{device}-{field}.png")
                 _bars(select(run["results"]), run, field, written[-1])
+        run = _newest_accuracy(results, name)
+        if run is not None:
+            written.append(results / "plots" / f"{device}-accuracy.png")
+            report_accuracy.draw(run, written[-1])
     return written
 
 
