@@ -72,6 +72,9 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "number of items as an int": ((), {"num_items": 37}),
     "ignore_index": (("labels",), {"ignore_index": 3}),
     "temperature": ((), {"temperature": 2.0, "scale_by_temperature_squared": True}),
+    "hard labels": (("labels",), {"hard_weight": 0.5, "temperature": 2.0}),
+    "padding, softcap and scales": ((), {"valid_vocab": 50, "logit_softcap": 5.0, "logit_scale": (0.5, 1.0)}),
+    "in place": ((), {"inplace_backward": True}),
 }
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 CASES = {

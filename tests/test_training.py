@@ -58,6 +58,7 @@ LOSSES = {
     "forward_kl": with_options(),
     "jsd": with_options(divergence="jsd", beta=0.1, temperature=2.0, scale_by_temperature_squared=True),
     "alpha": with_options(divergence="alpha"),
+    "hard labels": with_options(hard_weight=0.3, soft_weight=0.7, logit_softcap=20.0),
     "kl_div": Loss(of_probabilities(kl_div), of_probabilities(reference.kl_div)),
 }
 
