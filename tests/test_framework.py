@@ -387,6 +387,10 @@ RESIZED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "distillation_loss, none": functools.partial(distillation_loss, reduction="none"),
     "distillation_loss, mask": lambda s, t: distillation_loss(s, t, mask=t[:, 0] < 0.5),
     "distillation_loss, labels": lambda s, t: distillation_loss(s, t, t[:, 0].long() - 100, divergence="jsd"),
+    "distillation_loss, hard labels": lambda s, t: distillation_loss(
+        s, t, t[:, 0].long().clamp(0, 5), hard_weight=0.5, temperature=2.0, logit_softcap=3.0
+    ),
+    "token_stats": lambda s, t: kldiv_ext.token_stats(s.detach(), t).student_entropy + 0 * (s + t).sum(),
 }
 
 
