@@ -1,10 +1,11 @@
 # The commands of the project. `make demo` and `make test` set up all that they need in .venv.
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ_SECONDS ?= 1200
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark test-matrix clean
+.PHONY: demo test fuzz lint benchmark test-matrix clean
 
 # Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext.
 demo: $(STAMP)
@@ -12,6 +13,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The property tests with fresh seeds for FUZZ_SECONDS, 20 minutes; the record is tests/FUZZ.md.
+fuzz: $(STAMP)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
