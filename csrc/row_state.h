@@ -91,17 +91,18 @@ struct RowConstants {
   acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
   acc_t student_max, student_log2_sum;
   acc_t hard_log2_sum;  // the student's at the temperature of the cross entropy
-  acc_t shift;          // log p - log q = (t - s) / T - shift
+  // log p - log q = ((t - s) - (teacher_max - student_max)) / T - log_ratio; NaN where the row has no distributions
+  acc_t log_ratio;
   acc_t sum_grad_q, sum_grad_p;
 
   RowConstants() = default;
-  KLDIV_HD RowConstants(const RowState<acc_t>& state, const Scaling<acc_t>& scaling)
+  KLDIV_HD explicit RowConstants(const RowState<acc_t>& state)
       : teacher_max(state.teacher.max),
         teacher_log2_sum(log_sum(state.teacher) * static_cast<acc_t>(kLog2E)),
         student_max(state.student.max),
         student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
         hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
-        shift((state.teacher.max - state.student.max) * scaling.inverse_temperature + log_ratio(state)),
+        log_ratio(log_of_ratio(state) + 0 * (state.teacher.max - state.student.max)),
         sum_grad_q(0),
         sum_grad_p(0) {}
 
@@ -113,7 +114,7 @@ struct RowConstants {
 
  private:
   // log(teacher.sum / student.sum), of close rows by their difference.
-  KLDIV_HD static acc_t log_ratio(const RowState<acc_t>& state) {
+  KLDIV_HD static acc_t log_of_ratio(const RowState<acc_t>& state) {
     const acc_t excess = state.difference / state.student.sum;
     return absolute(excess) < static_cast<acc_t>(0.25) ? Log1p<acc_t>(excess).value
                                                        : log(state.teacher.sum / state.student.sum);
@@ -136,7 +137,7 @@ template <typename T>
 KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature) {
   // Equal logits differ by 0, also where both are -inf.
   const T difference = teacher == student ? T{} : teacher - student;
-  const T delta = difference * inverse_temperature - row.shift;
+  const T delta = (difference - (row.teacher_max - row.student_max)) * inverse_temperature - row.log_ratio;
   Pair<T> x;
   x.teacher_is_larger = delta >= 0;
   x.gap = absolute(delta);
@@ -186,7 +187,7 @@ struct RowStats {
   KLDIV_HD RowStats(const RowConstants<acc_t>& row, const StatsSums<acc_t>& sums, acc_t inverse_temperature,
                     acc_t student_label, acc_t teacher_label, bool agree) {
     // A position where one side is broken is NaN throughout.
-    const acc_t zero = 0 * row.shift;
+    const acc_t zero = 0 * row.log_ratio;
     const acc_t student_log_sum = natural(row.student_log2_sum) + zero;
     const acc_t teacher_log_sum = natural(row.teacher_log2_sum) + zero;
     forward_kl = sums.forward_kl;

@@ -172,6 +172,9 @@ def distillation_loss(
         counts = counts & (labels != ignore_index)
     weights = counts.double() if weight is None else torch.where(counts, weight.double(), 0)
     counts = weights != 0
+    if reduction == "mean":
+        denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=weights.device)
+        counts = counts & (denominator != 0)
     # A position that does not count is never read: whatever stands there, NaN too, is replaced.
     student, teacher = (z.double().masked_fill(~counts[..., None], 0) for z in (student_logits, teacher_logits))
     labels = None if labels is None else labels.masked_fill(~counts, 0)
@@ -185,8 +188,7 @@ def distillation_loss(
         return losses
     total = losses.sum()
     if reduction == "mean":
-        denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=total.device)
-        return torch.where(denominator == 0, 0 * total, total / denominator.masked_fill(denominator == 0, 1))
+        return total / denominator.masked_fill(denominator == 0, 1)
     if reduction == "batchmean" and student_logits.dim() > 1:
         return total / max(student_logits.shape[0], 1)
     return total

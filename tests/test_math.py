@@ -423,20 +423,20 @@ def test_merge_keeps_nan(state: Lane, broken: tuple[float, float]) -> None:
 
 
 def test_row_constants(state: Lane) -> None:
-    teacher, student = (5.0, 3.0), (2.0, 3.0)
-    values = state.functions.row_constants(teacher, student, 0.5)
-    np.testing.assert_allclose(values, [5, math.log2(3), 2, math.log2(3), 1.5], rtol=4 * state.eps)
+    teacher, student = (5.0, 3.0), (2.0, 7.0)
+    values = state.functions.row_constants(teacher, student)
+    np.testing.assert_allclose(values, [5, math.log2(3), 2, math.log2(7), math.log(3 / 7)], rtol=4 * state.eps)
     # Nearly equal sums: the logarithm of their ratio, not the difference of two logarithms.
     near = 1000.0 * (1 + 4 * state.eps)
-    shift = state.functions.row_constants((1.0, near), (1.0, 1000.0), 1.0)[4]
-    np.testing.assert_allclose(shift, math.log(float(state.dtype(near)) / 1000.0), rtol=0, atol=state.eps)
-    assert state.functions.row_constants(teacher, teacher, 0.5)[4] == 0
+    log_ratio = state.functions.row_constants((1.0, near), (1.0, 1000.0))[4]
+    np.testing.assert_allclose(log_ratio, math.log(float(state.dtype(near)) / 1000.0), rtol=0, atol=state.eps)
+    assert state.functions.row_constants(teacher, teacher)[4] == 0
 
 
 def test_row_without_mass_is_nan(state: Lane) -> None:
     nothing, something = (-INF, 0.0), (1.0, 2.0)
-    assert math.isnan(state.functions.row_constants(nothing, something, 1.0)[1])
-    assert math.isnan(state.functions.row_constants(something, nothing, 1.0)[3])
+    assert math.isnan(state.functions.row_constants(nothing, something)[1])
+    assert math.isnan(state.functions.row_constants(something, nothing)[3])
 
 
 # ---------------------------------------------------------------- the library without torch

@@ -275,8 +275,8 @@ class RowReader {
   template <typename ForEachChunk>
   RowConstants<acc_t> constants(int64_t row, bool hard, const ForEachChunk& for_each_chunk) const {
     for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, hard); });
-    return {fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }),
-            scaling_};
+    return RowConstants<acc_t>(
+        fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }));
   }
 
   Chunk<acc_t> chunk(const Side<acc_t>& side, int64_t row, int64_t index) const {
@@ -365,8 +365,8 @@ class RowWalk : RowReader<acc_t> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
-    // 0 * shift makes the whole row NaN where one of its logits is.
-    const Factors factors = {soft * grad * scaling_.inverse_temperature + 0 * constants->shift,
+    // 0 * log_ratio makes the whole row NaN where one of its logits is.
+    const Factors factors = {soft * grad * scaling_.inverse_temperature + 0 * constants->log_ratio,
                              hard * grad * scaling_.hard_inverse_temperature};
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {

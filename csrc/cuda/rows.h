@@ -71,9 +71,8 @@ class RowWalk : RowReader<Side> {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
-    RowConstants<acc_t> constants =
-        forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr), scaling_)
-                : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr))
+                                            : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (hard != 0) {
       const int64_t wanted = args_.labels[row];
@@ -84,8 +83,8 @@ class RowWalk : RowReader<Side> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
-    // 0 * shift makes the whole row NaN where one of its logits is.
-    const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.shift;
+    // 0 * log_ratio makes the whole row NaN where one of its logits is.
+    const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
     const acc_t hard_factor = hard * grad * scaling_.hard_inverse_temperature;
     const Columns<acc_t, Divergence> columns{divergence_, constants, scaling_, factor, hard_factor, label};
     if (forward) {
@@ -190,7 +189,7 @@ class StatsWalk : RowReader<Side> {
       return;
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
-    const RowConstants<acc_t> constants(state(teacher, student, false), scaling_);
+    const RowConstants<acc_t> constants(state(teacher, student, false));
     Part mine;
     this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
       mine = mine + part(t, s, constants, first, n);

@@ -60,7 +60,8 @@ Pair<T> column(const Array<T>& teacher, const Array<T>& student, int64_t i, cons
 template <typename S>
 RowConstants<S> normalised() {
   RowConstants<S> row;
-  row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = row.shift = 0;
+  row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = 0;
+  row.log_ratio = 0;
   row.sum_grad_q = row.sum_grad_p = 0;
   return row;
 }
@@ -119,16 +120,14 @@ template <typename S>
     const auto both = LogSumExp<S>{a.first, a.second}.merged(LogSumExp<S>{b.first, b.second}, inverse_temperature);
     return State{both.max, both.sum};
   });
-  // (teacher_max, teacher_log2_sum, student_max, student_log2_sum, shift) of a row
-  m.def("row_constants", [](State teacher, State student, S inverse_temperature) {
+  // (teacher_max, teacher_log2_sum, student_max, student_log2_sum, log_ratio) of a row
+  m.def("row_constants", [](State teacher, State student) {
     RowState<S> state;
     state.teacher = {teacher.first, teacher.second};
     state.student = {student.first, student.second};
     state.difference = teacher.second - student.second;
-    Scaling<S> scaling({});
-    scaling.inverse_temperature = inverse_temperature;
-    const RowConstants<S> row(state, scaling);
-    return py::make_tuple(row.teacher_max, row.teacher_log2_sum, row.student_max, row.student_log2_sum, row.shift);
+    const RowConstants<S> row(state);
+    return py::make_tuple(row.teacher_max, row.teacher_log2_sum, row.student_max, row.student_log2_sum, row.log_ratio);
   });
 }
 
