@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import (
     DIVERGENCES,
     DTYPES,
@@ -213,27 +211,6 @@ def test_mixed_dtypes(device: str, dtype: torch.dtype, teacher_dtype: torch.dtyp
     student, teacher = make_pair(3, 4, 2100, dtype=dtype, teacher_dtype=teacher_dtype, device=device)
     for divergence in (FORWARD_KL, JSD):
         check(student, teacher, **divergence.options)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_anything_goes(data: st.DataObject) -> None:
-    """Combinations that no table above has."""
-    dtype, teacher_dtype = (data.draw(st.sampled_from(DTYPES)) for _ in range(2))
-    shape = (*data.draw(st.lists(st.integers(0, 5), min_size=2, max_size=3)), data.draw(st.integers(2, 80)))
-    student, teacher = make_pair(*shape, dtype=dtype, teacher_dtype=teacher_dtype, seed=data.draw(st.integers(0, 99)))
-    student, teacher = (LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](x) for x in (student, teacher))
-    names = data.draw(st.sets(st.sampled_from(["labels", "mask", "weight"])))
-    check(
-        student,
-        teacher,
-        **{name: value for name, value in positions("cpu", *shape[:-1]).items() if name in names},
-        **data.draw(st.sampled_from([*DIVERGENCES, *ENDPOINTS])).options,
-        reduction=data.draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
-        temperature=data.draw(st.sampled_from([0.7, 1.0, 3.0])),
-        scale_by_temperature_squared=data.draw(st.booleans()),
-        wanted=data.draw(st.sampled_from([(True, True), (True, False), (False, True), (False, False)])),
-    )
 
 
 # ---------------------------------------------------------------- autograd
