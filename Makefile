@@ -5,7 +5,7 @@ FUZZ_SECONDS ?= 1200
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz lint benchmark test-matrix clean
+.PHONY: demo test fuzz lint benchmark test-matrix sanitize clean
 
 # Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext.
 demo: $(STAMP)
@@ -33,6 +33,10 @@ benchmark: $(STAMP)
 # One wheel, built once, tested under the oldest and the newest torch.
 test-matrix: $(STAMP)
 	.ci/matrix $(BIN)/python
+
+# The CPU kernels under the address, undefined-behaviour and thread sanitizers of gcc.
+sanitize: $(STAMP)
+	.ci/sanitize $(BIN)/python
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -86,6 +86,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 DEFINES = [("TORCH_TARGET_VERSION", MINIMUM_TORCH)]
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS += os.environ.get("KLDIV_EXT_CXXFLAGS", "").split()  # last, so that they win
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xptxas=-v", "-Xfatbin=-compress-all"]
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -21,40 +18,19 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 import pytest
+from builds import build, run
 from oracle import DIVERGENCES, ENDPOINTS, TERMS, Divergence, need_isa
 
-ROOT = Path(__file__).parent.parent
 INF, NAN = math.inf, math.nan
 DType = type[np.floating[Any]]
 
 # ---------------------------------------------------------------- the modules
 
 
-def run(*command: str | Path) -> None:
-    result = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def tool(name: str) -> str | None:
-    """A program beside this Python, whose environment may not be activated, or on the PATH."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
 @pytest.fixture(scope="session")
 def build_folder() -> Path:
-    """Where the modules are, up to date; CMake knows what has changed."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if not (ROOT / "CMakeLists.txt").exists():
-        pytest.skip("needs the source tree")
-    if cmake is None:
-        pytest.skip("needs cmake")
     pytest.importorskip("pybind11")
-    folder = ROOT / "build" / f"whitebox-{sys.implementation.cache_tag}{'-ninja' if ninja else ''}"
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    options = ["-DKLDIV_WHITEBOX=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    run(cmake, "-S", ".", "-B", folder, *generator, *options)
-    run(cmake, "--build", folder, "--target", "whitebox", "--parallel", str(os.cpu_count()))
-    return folder
+    return build("whitebox", "whitebox", "-DKLDIV_WHITEBOX=ON", f"-DPython_EXECUTABLE={sys.executable}")
 
 
 @functools.cache
@@ -443,9 +419,7 @@ def test_row_without_mass_is_nan(state: Lane) -> None:
 
 
 @pytest.mark.slow  # compiles the kernels once more
-def test_kernels_build_without_torch(build_folder: Path) -> None:
-    run(tool("cmake") or "", "--build", build_folder, "--target", "kldiv_cpu", "--parallel", str(os.cpu_count()))
-    (library,) = build_folder.glob("libkldiv_cpu.a")
-    symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+def test_kernels_build_without_torch() -> None:
+    symbols = run("nm", "-C", build("whitebox", "kldiv_cpu") / "libkldiv_cpu.a")
     assert "kldiv::cpu::kernels()" in symbols
     assert "torch::" not in symbols and "c10::" not in symbols

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# NVIDIA's compute-sanitizer over the CUDA tests on a machine with a GPU, tool by tool; a log each, then a summary.
+#
+#   tests/compute_sanitizer.sh FOLDER [memcheck|racecheck|initcheck|synccheck]...
+#
+# PYTHON and COMPUTE_SANITIZER name other programs than those on the PATH. Reports have line numbers where the package
+# was built with NVCC_APPEND_FLAGS=-lineinfo. Exits with 1 where something was found, with 2 where nothing can be run.
+set -euo pipefail
+if (($# == 0)); then
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+tools=("${@:2}")
+if ((${#tools[@]} == 0)); then tools=(memcheck racecheck initcheck synccheck); fi
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
+readonly found=99  # an exit status that pytest does not have
+
+cannot() {
+  echo "compute_sanitizer.sh: $1" >&2
+  exit 2
+}
+command -v "$sanitizer" >/dev/null || cannot "no $sanitizer; it is part of the CUDA toolkit (set COMPUTE_SANITIZER)"
+help=$("$sanitizer" --help)
+reason=$("$python" -c '
+import torch
+from kldiv_ext import _library
+print(_library.cuda_missing_reason if torch.cuda.is_available() else "torch sees no CUDA device")') ||
+  cannot "$python cannot import kldiv_ext"
+[[ -z $reason ]] || cannot "$reason"
+
+# The emulated kernels are CPU tests. What runs long under a tool: one of each way through the kernels.
+every_test=(tests --ignore=tests/test_cuda_kernels_emulated.py -k cuda)
+some_tests=(tests/test_{distillation_loss,distillation_options,kl_div}.py -k
+  "cuda and (divergence or shape or strides or grad_output or reductions or options)")
+
+under() { # TOOL PROGRAM...
+  local options=(--tool "$1" --error-exitcode "$found" --target-processes application-only --launch-timeout 120
+    --show-backtrace device)
+  local ours=(--kernel-name kns=kldiv) environment=(TORCHINDUCTOR_COMPILE_THREADS=1)
+  case $1 in
+    memcheck)
+      # Torch checks what CUDA's functions return, and some of its questions are answered with an error.
+      options+=(--report-api-errors no "${ours[@]}")
+      # In torch's cache of memory the neighbours of a tensor are allocated too.
+      environment+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+      ;;
+    initcheck)
+      # Tools before CUDA 13.5 take what a kernel wrote that they do not watch for uninitialised: they watch all, and
+      # find torch's own. Only reports that name our kernels count.
+      if [[ $help == *initcheck-track-filtered-global-memory* ]]; then options+=("${ours[@]}"); fi
+      options+=(--print-limit 10000)
+      environment+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+      ;;
+    *) options+=("${ours[@]}") ;;
+  esac
+  env "${environment[@]}" "$sanitizer" "${options[@]}" "${@:2}"
+}
+
+reports() { grep -cE '^=========.* at .*kldiv' "$1" || true; } # a memory access or a race, by the kernel it is in
+
+# Leaves what is to be said about TOOL in `verdict`; fails unless that is "clean".
+check() { # TOOL LOG
+  local fault='' status=0 tests=("${some_tests[@]}")
+  case $1 in
+    memcheck) fault=overrun tests=("${every_test[@]}") ;;
+    initcheck) fault=uninitialized ;;
+  esac
+  if [[ $fault ]]; then
+    under "$1" "$python" -m tests.sanitize.faults "$fault" cuda >"$2.fault" 2>&1 || true
+    if (($(reports "$2.fault") == 0)); then
+      verdict="does not notice a fault on purpose: $2.fault"
+      return 1
+    fi
+  fi
+  under "$1" "$python" -m pytest "${tests[@]}" >"$2" 2>&1 || status=$?
+  local ours
+  ours=$(reports "$2")
+  verdict="clean"
+  if ((ours > 0)); then
+    verdict="$ours places in reports name our kernels"
+  elif ((status == found)) && [[ $1 != initcheck ]]; then
+    verdict="found something"
+  elif ((status != 0 && status != found)); then
+    verdict="the tests failed (status $status)"
+  elif ! grep -qE '[0-9]+ passed' "$2"; then
+    verdict="no test ran"
+  elif ! grep -q 'SUMMARY: ' "$2"; then
+    verdict="no summary of the tool's"
+  elif grep -q 'were not printed' "$2"; then
+    verdict="more reports than are printed"
+  fi
+  [[ $verdict == clean ]]
+}
+
+exit_status=0
+summary=()
+for tool in "${tools[@]}"; do
+  begin=$SECONDS
+  check "$tool" "$folder/$tool.log" || exit_status=1
+  summary+=("$(printf '%-10s %5ss  %s' "$tool" "$((SECONDS - begin))" "$verdict")")
+  echo "${summary[-1]}"
+done
+printf '%s\n' "${summary[@]}" >"$folder/summary.txt"
+exit "$exit_status"
