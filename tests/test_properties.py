@@ -333,7 +333,7 @@ def allowed_errors(
     lse = clean(torch.logsumexp(zt / temperature, -1) - torch.logsumexp(zs / temperature, -1)).abs()[..., None]
     away = clean((zt - tops[0]) - (zs - tops[1])).abs() / temperature > 1 / 64
     shift = top + lse + 4 * (larger * away).sum(-1, keepdim=True)
-    of_log = 1 + log_larger + rounding
+    of_log = 4 + log_larger + rounding  # exp and log themselves: 4e-7, as math.h says
     of_delta = difference + shift + rs + rt + rounding
     a = divergence.parameter
     condition = 1.0 if a in (None, 0.0, 1.0) else max(1.0, 0.25 / (a * (1 - a)))
