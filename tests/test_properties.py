@@ -329,10 +329,15 @@ def allowed_errors(
     gap = clean(lp - lq).abs()
     difference = clean(zt - zs).abs() / temperature
     tops = clean(zt.amax(-1, keepdim=True)), clean(zs.amax(-1, keepdim=True))
-    top = (tops[0] - tops[1]).abs() / temperature
-    lse = clean(torch.logsumexp(zt / temperature, -1) - torch.logsumexp(zs / temperature, -1)).abs()[..., None]
-    away = clean((zt - tops[0]) - (zs - tops[1])).abs() / temperature > 1 / 64
-    shift = top + lse + 4 * (larger * away).sum(-1, keepdim=True)
+    top = clean(tops[0] - tops[1])
+    lse = clean(torch.logsumexp((zt - tops[0]) / temperature, -1) - torch.logsumexp((zs - tops[1]) / temperature, -1))
+    # A common offset of one side is gone, exactly, before anything is rounded; it stays where t - s is rounded first.
+    offset = clean((zt - zs) - top).abs() / temperature
+    narrow = torch.float64 if wide else torch.float32
+    rounded_first = (clean(zt - zs).to(narrow).double() != clean(zt - zs)) | wide
+    difference = torch.where(offset == 0, 0, offset + rounded_first * (difference + top.abs() / temperature))
+    away = offset > 1 / 64
+    shift = lse.abs()[..., None] + 4 * (larger * away).sum(-1, keepdim=True)
     of_log = 4 + log_larger + rounding  # exp and log themselves: 4e-7, as math.h says
     of_delta = difference + shift + rs + rt + rounding
     a = divergence.parameter
