@@ -34,8 +34,8 @@ print(_library.cuda_missing_reason if torch.cuda.is_available() else "torch sees
 
 # The emulated kernels are CPU tests. What runs long under a tool: one of each way through the kernels.
 every_test=(tests --ignore=tests/test_cuda_kernels_emulated.py -k cuda)
-some_tests=(tests/test_{distillation_loss,distillation_options,kl_div}.py -k
-  "cuda and (divergence or shape or strides or grad_output or reductions or options)")
+some_tests=(tests/test_{distillation_loss,distillation_options,kl_div,token_stats}.py -k
+  "cuda and (divergence or shape or strides or grad_output or reductions or options or token_stats)")
 
 under() { # TOOL PROGRAM...
   local options=(--tool "$1" --error-exitcode "$found" --target-processes application-only --launch-timeout 120

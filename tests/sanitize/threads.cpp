@@ -206,6 +206,26 @@ struct Distillation {
   }
 };
 
+struct TokenStats {
+  Dtype dtype;
+  Shape shape;
+
+  std::string name() const { return "token_stats" + of_dtype(dtype) + " in " + std::to_string(shape.rows) + " rows"; }
+
+  void operator()(const Inputs& inputs, const cpu::Threads& threads, Results& results) const {
+    TokenStatsArgs args;
+    args.rows = shape.rows;
+    args.columns = shape.columns;
+    args.student = matrix(inputs[dtype].student.data(), dtype, shape, shape.columns);
+    args.teacher = matrix(inputs[dtype].teacher.data(), dtype, shape, shape.columns);
+    args.labels = inputs.labels.data();
+    const Dtype acc = args.acc_dtype();
+    args.row_scale = inputs[acc].per_row.data();
+    args.row_stats = results.of(acc, shape.rows * RowStats<float>::kCount);
+    cpu::kernels().token_stats(args, threads);
+  }
+};
+
 struct Pointwise {
   Dtype dtype;
   bool log_target;
@@ -272,6 +292,12 @@ std::vector<Case> all_cases(const Inputs& inputs) {
     call.all_options = way == Way::kInPlace || way == Way::kLater;
     add(call);
   };
+  const auto token_stats = [&](Dtype dtype, Shape shape) {
+    TokenStats call;
+    call.dtype = dtype;
+    call.shape = shape;
+    add(call);
+  };
   const auto kl_div = [&](Dtype dtype, bool log_target, Shape shape) {
     Pointwise call;
     call.dtype = dtype;
@@ -293,6 +319,7 @@ std::vector<Case> all_cases(const Inputs& inputs) {
         distil("jsd", dtype, dtype, shape, way);  // its gradients wait for their sums
       }
       distil("forward_kl", dtype, Dtype::kFloat32, shape, Way::kStudent);
+      token_stats(dtype, shape);
       for (const bool log_target : {false, true}) kl_div(dtype, log_target, shape);
     }
   }
