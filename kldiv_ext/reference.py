@@ -55,8 +55,8 @@ def skew_forward_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
     """KL(p ‖ κp + (1-κ)q), κ = skew. Ko et al. (2024), DistiLLM."""
     if skew == 0:
         return forward_kl(lp, lq)
-    if skew == 1:  # the mixture is p itself; of q only a NaN is left
-        return forward_kl(lp, lp) + 0 * lq.exp().sum(-1)
+    if skew == 1:  # the mixture is p itself; of both only a NaN is left
+        return 0 * (lp.exp() * lq.exp()).sum(-1)
     return _plogr(lp.exp(), lp, _log_mixture(lp, lq, skew)).sum(-1)
 
 
@@ -131,6 +131,8 @@ def weighted_losses(
     temperature: float,
 ) -> Tensor:
     """soft_weight · divergence + hard_weight · cross entropy, [...]; a part without weight is 0 even where infinite."""
+    if soft_weight == 0 and hard_weight == 0:  # nothing is read
+        return torch.where(torch.ones_like(student, dtype=torch.bool), 0, student + teacher).sum(-1)
     if soft_weight == 0:
         divergence, parameter = "skew_forward_kl", 1.0  # 0, and NaN where a row is broken
     losses = (soft_weight or 1.0) * row_losses(student, teacher, divergence, parameter, temperature)
