@@ -27,23 +27,35 @@ struct Pair {
   using Mask = decltype(T{} < T{});
 
   T larger;  // max(p, q)
-  T gap;     // |log p - log q|, in [0, +inf]
-  T expm1;   // min(p, q) / max(p, q) - 1 = e^{-gap} - 1, in [-1, 0]
-  T excess;  // gap + expm1 >= 0, to full relative accuracy
-  Mask teacher_is_larger;
+  T delta;   // log p - log q
+  T gap;     // |delta|, in [0, +inf]
+  T ratio;   // min(p, q) / max(p, q) = e^{-gap}, in [0, 1]
+  T expm1;   // ratio - 1, in [-1, 0]
+  T excess;  // gap + expm1 >= 0; like ratio and expm1 to full relative accuracy
 
-  KLDIV_HD T by_larger(T if_teacher, T if_student) const { return teacher_is_larger ? if_teacher : if_student; }
+  KLDIV_HD explicit Pair(T delta) : delta(delta), gap(absolute(delta)) {
+    const Decay<T> decay(gap);
+    ratio = decay.ratio;
+    expm1 = decay.expm1;
+    excess = decay.excess;
+  }
+
+  KLDIV_HD Mask teacher_is_larger() const { return delta >= 0; }
+  KLDIV_HD T by_larger(T if_teacher, T if_student) const { return teacher_is_larger() ? if_teacher : if_student; }
   KLDIV_HD T by_larger(Scalar<T> if_teacher, Scalar<T> if_student) const
     requires(!std::is_same_v<T, Scalar<T>>)
   {
     return by_larger(splat<T>(if_teacher), splat<T>(if_student));
   }
 
-  KLDIV_HD T ratio() const { return expm1 + 1; }                                   // smaller / larger
-  KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio()); }  // p
-  KLDIV_HD T student() const { return larger * by_larger(ratio(), splat<T>(1)); }  // q
+  KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio); }  // p
+  KLDIV_HD T student() const { return larger * by_larger(ratio, splat<T>(1)); }  // q
   // The same column with teacher and student exchanged.
-  KLDIV_HD Pair exchanged() const { return {larger, gap, expm1, excess, !teacher_is_larger}; }
+  KLDIV_HD Pair exchanged() const {
+    Pair x = *this;
+    x.delta = -delta;
+    return x;
+  }
   // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
   KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
   KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
@@ -67,7 +79,7 @@ struct ForwardKL {
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
-    return x.larger * x.by_larger(x.gap, -x.finite_gap() * x.ratio());
+    return x.larger * x.by_larger(x.gap, -x.finite_gap() * x.ratio);
   }
 };
 
@@ -105,7 +117,7 @@ struct Jeffreys {
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q (log p - log q) - (p - q)
-    return x.larger * x.by_larger(x.expm1 - x.finite_gap() * x.ratio(), x.gap - x.expm1);
+    return x.larger * x.by_larger(x.expm1 - x.finite_gap() * x.ratio, x.gap - x.expm1);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
@@ -113,11 +125,12 @@ struct Jeffreys {
   }
 };
 
-// The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. Digits are lost as m
-// comes to be one of the two: relative errors grow as 1 / share of the other in jsd, as its square in a skew KL.
+// The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. One logarithm serves
+// both sides: that of m over the one which it is closer to, so that no share, however small, costs digits.
 template <typename T>
 struct Mixture {
   T larger_share, smaller_share;          // how much m holds of the larger and of the smaller probability
+  typename Pair<T>::Mask near_smaller;    // m is made mostly of the smaller one, and at most twice as large
   T log;                                  // log(m / larger)
   T kl_larger;                            // of larger || m: larger log(larger / m) - larger + m
   T kl_smaller;                           // of smaller || m
@@ -129,16 +142,22 @@ struct Mixture {
     const auto student_share = static_cast<Scalar<T>>(1 - share_of_teacher);  // not rounded to 0 where it is small
     larger_share = x.by_larger(teacher_share, student_share);
     smaller_share = x.by_larger(student_share, teacher_share);
-    const T minus_one = smaller_share * x.expm1;  // m / larger - 1
-    const Log1p<T> logarithm(minus_one);
-    log = logarithm.value;
-    kl_larger = logarithm.shortfall;
-    kl_smaller = larger_share * x.expm1 * x.expm1 - x.ratio() * (x.finite_excess() - logarithm.shortfall);
-    kl_smaller = maximum(kl_smaller, T{});  // where m is hardly more than the smaller one
-    smaller_gap = x.ratio() * (x.finite_gap() + log);
-    const T reciprocal = Primitives<T>::reciprocal(larger_share + smaller_share * x.ratio());
-    one_minus_larger = minus_one * reciprocal;
-    one_minus_smaller = -larger_share * x.expm1 * reciprocal;
+    const T below = smaller_share * x.expm1;  // m / larger - 1
+    const T above = -larger_share * x.expm1;  // (m - smaller) / larger
+    near_smaller = (larger_share < static_cast<Scalar<T>>(0.5)) & (above < x.ratio);
+    const T total = larger_share + smaller_share * x.ratio;  // m / larger
+    const T above_smaller = above * Primitives<T>::reciprocal(x.ratio);
+    const T y = near_smaller ? above_smaller : below;  // m / (the closer one) - 1
+    const Log1p<T> logarithm(y, near_smaller ? y + 1 : total);
+    log = near_smaller ? logarithm.value - x.gap : logarithm.value;
+    smaller_gap = x.ratio * (near_smaller ? logarithm.value : x.finite_gap() + logarithm.value);
+    const T shortfall = logarithm.shortfall;
+    kl_larger = near_smaller ? x.excess + shortfall + y * x.expm1 : shortfall;
+    const T rest = x.ratio * (x.finite_excess() - shortfall) + above * x.expm1;
+    kl_smaller = near_smaller ? x.ratio * shortfall : maximum(-rest, T{});
+    const T reciprocal = Primitives<T>::reciprocal(total);
+    one_minus_larger = below * reciprocal;
+    one_minus_smaller = above * reciprocal;
   }
 };
 
@@ -183,10 +202,11 @@ struct SkewForwardKL {
     return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
   template <typename T>
-  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m)
+  KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m) = term - g_q
+    // The difference cancels where q is far larger, the sum where skew is near 1.
     const Mixture<T> m(x, skew);
-    return x.larger * x.by_larger(-m.log, -m.smaller_gap) +
-           static_cast<Scalar<T>>(skew) * x.teacher() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
+    const T sum = x.ratio * (static_cast<Scalar<T>>(skew) * m.one_minus_smaller) - m.smaller_gap;
+    return m.near_smaller | x.teacher_is_larger() ? term(x) - grad_q(x) : x.larger * sum;
   }
 };
 
@@ -221,29 +241,49 @@ struct Alpha {
   explicit constexpr Alpha(double alpha)
       : alpha(alpha), rest(1 - alpha), per_alpha(1 / alpha), per_rest(1 / (1 - alpha)) {}
 
-  // The exponent of the smaller probability, so that r = larger * e^{-share gap}.
-  template <typename T>
-  KLDIV_HD T smaller_share(const Pair<T>& x) const {
-    return x.by_larger(static_cast<Scalar<T>>(rest), static_cast<Scalar<T>>(alpha));
-  }
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const T share = smaller_share(x);
-    const Decay<T> r(share * x.gap);
-    // Both are share * expm1 - r.expm1: the first cancels at large gaps, the second at small ones.
-    const T difference = x.gap < 1 ? share * x.excess - r.excess : share * x.expm1 - r.expm1;
-    return x.larger * difference * static_cast<Scalar<T>>(per_alpha * per_rest);
+    return x.larger * Power<T>(*this, x).term * static_cast<Scalar<T>>(per_alpha * per_rest);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (q - r) / alpha
-    const Decay<T> r(smaller_share(x) * x.gap);
-    return x.larger * x.by_larger(x.expm1 - r.expm1, -r.expm1) * static_cast<Scalar<T>>(per_alpha);
+    const Power<T> r(*this, x);
+    return x.larger * x.by_larger(-r.minus_smaller, r.below_larger) * static_cast<Scalar<T>>(per_alpha);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // (p - r) / (1 - alpha)
-    const Decay<T> r(smaller_share(x) * x.gap);
-    return x.larger * x.by_larger(-r.expm1, x.expm1 - r.expm1) * static_cast<Scalar<T>>(per_rest);
+    const Power<T> r(*this, x);
+    return x.larger * x.by_larger(r.below_larger, -r.minus_smaller) * static_cast<Scalar<T>>(per_rest);
   }
+
+ private:
+  // What r lacks to the larger probability and has over the smaller one, everything relative to the larger one: from
+  // the one that it is closer to in the logarithm, so that no alpha, however small, costs digits.
+  template <typename T>
+  struct Power {
+    T below_larger, minus_smaller;
+    T term;  // share smaller + (1 - share) larger - r, where r = larger^(1 - share) smaller^share
+
+    KLDIV_HD Power(const Alpha& divergence, const Pair<T>& x) {
+      const auto alpha = static_cast<Scalar<T>>(divergence.alpha), rest = static_cast<Scalar<T>>(divergence.rest);
+      const T share = x.by_larger(rest, alpha), nearest = minimum(share, x.by_larger(alpha, rest));
+      const auto near_smaller = share > static_cast<Scalar<T>>(0.5);
+      const auto close = x.gap < 1;
+      // e^{-nearest gap}: r / larger or, near the smaller one, smaller / r; that is divided by, and where it comes to
+      // this limit ratio is 0 already.
+      const T limit = near_smaller ? splat<T>(FormatOf<T>::kSmallestExponent / -2) : infinity<T>();
+      const Decay<T> step(minimum(nearest * x.gap, limit));
+      const T remainder = close ? step.expm1 - x.expm1 : step.ratio - x.ratio;
+      const T reciprocal = Primitives<T>::reciprocal(step.ratio);
+      below_larger = near_smaller ? remainder * reciprocal : -step.expm1;
+      minus_smaller = near_smaller ? x.ratio * reciprocal * -step.expm1 : remainder;
+      // At small gaps their first orders cancel: without them.
+      const T second_order = nearest * x.excess - step.excess;
+      const T small = near_smaller ? -below_larger * step.expm1 - second_order : second_order;
+      const T large = near_smaller ? -nearest * x.expm1 - minus_smaller : below_larger + nearest * x.expm1;
+      term = close ? small : large;
+    }
+  };
 };
 
 // No divergence, and what a skew divergence is where the mixture is its own first argument. A NaN row stays NaN.

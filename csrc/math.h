@@ -230,22 +230,24 @@ KLDIV_HD T exp_any(T x) {
   return y < lowest ? T{} : (y > highest ? infinity<T>() : value);
 }
 
-// How far e^{-gap} has fallen, for gap in [0, +inf]: both numbers to full relative accuracy near 0,
-// where `gap + expm1` on its own would cancel.
+// How far e^{-gap} has fallen, for gap in [0, +inf]: all three numbers to full relative accuracy, where 1 + expm1
+// or gap + expm1 on their own would cancel.
 template <typename T>
 struct Decay {
+  T ratio;   // e^{-gap}; 0 where it would underflow
   T expm1;   // e^{-gap} - 1, in [-1, 0]
   T excess;  // gap + expm1 >= 0, about gap^2 / 2 near 0
 
   KLDIV_HD explicit Decay(T gap) {
     using F = FormatOf<T>;
-    // -gap = k ln 2 + f, |f| <= ln(2) / 2
-    const T x = maximum(-gap, splat<T>(F::kSmallestExponent * static_cast<Scalar<T>>(kLn2)));
+    // -gap = k ln 2 + f, |f| <= ln(2) / 2; beyond the smallest normal number k is one less, and 2^k comes out as 0.
+    const T x = maximum(-gap, splat<T>((F::kSmallestExponent - 1) * static_cast<Scalar<T>>(kLn2)));
     const T rounded = x * static_cast<Scalar<T>>(kLog2E) + F::kRound;
     const T f = x - (rounded - F::kRound) * static_cast<Scalar<T>>(kLn2);
     const T scale = power_of_two(rounded);           // 2^k
     const T tail = f * f * polynomial::exp_tail(f);  // e^f - 1 - f
     const T drop = scale - 1;
+    ratio = scale * (f + tail) + scale;
     expm1 = scale * (f + tail) + drop;
     // Where k = 0, f is -gap to the bit, the bracket is exactly 0 and only the tail is left.
     excess = scale * tail + (gap + (scale * f + drop));
@@ -273,9 +275,12 @@ struct Log1p {
   T value;      // log(1 + y)
   T shortfall;  // y - log(1 + y) >= 0, about y^2 / 2 near 0
 
-  KLDIV_HD explicit Log1p(T y) {
+  KLDIV_HD explicit Log1p(T y) : Log1p(y, y + 1) {}
+
+  // Near y = -1 the sum has digits that y has not.
+  KLDIV_HD Log1p(T y, T one_plus_y) {
     constexpr auto ln2 = static_cast<Scalar<T>>(kLn2);
-    LogReduction<T> r(y + 1);
+    LogReduction<T> r(one_plus_y);
     // Where no power of two came out, y itself is the reduced argument, without the rounding of 1 + y.
     r.f = r.k == 0 ? y : r.f;
     const T reduced = polynomial::log_shortfall(r.f);

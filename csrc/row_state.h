@@ -53,6 +53,8 @@ struct RowState {
   LogSumExp<acc_t> teacher, student;
   acc_t difference = 0;   // teacher.sum - student.sum, but with digits of its own
   LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
+  // The other side's logit where one side is largest; of several such columns the largest.
+  acc_t beside_student_max = static_cast<acc_t>(-__builtin_inff()), beside_teacher_max = beside_student_max;
 
   KLDIV_HD RowState merged(const RowState& other, const Scaling<acc_t>& scaling) const {
     RowState both;
@@ -61,6 +63,10 @@ struct RowState {
     both.add_rescaled(*this, scaling.inverse_temperature);
     both.add_rescaled(other, scaling.inverse_temperature);
     both.hard = hard.merged(other.hard, scaling.hard_inverse_temperature);
+    both.beside_student_max =
+        beside_larger(student.max, beside_student_max, other.student.max, other.beside_student_max);
+    both.beside_teacher_max =
+        beside_larger(teacher.max, beside_teacher_max, other.teacher.max, other.beside_teacher_max);
     return both;
   }
 
@@ -71,6 +77,11 @@ struct RowState {
     teacher.sum += part.teacher.sum * factor.teacher;
     student.sum += part.student.sum * factor.student;
     difference += part.difference * factor.student + part.teacher.sum * factor.difference;
+  }
+
+ private:
+  KLDIV_HD static acc_t beside_larger(acc_t max, acc_t beside, acc_t other_max, acc_t beside_other) {
+    return max == other_max ? maximum(beside, beside_other) : (max > other_max ? beside : beside_other);
   }
 };
 
@@ -84,16 +95,24 @@ struct RowSums {
   }
 };
 
+// The column where one side is largest: log p - log q, and the derivative of the divergence per unit of this side's
+// probability. It is taken off every column's: the softmax Jacobian does not see it, and in a row that is sure of its
+// choice the rest is all that there is, but would be rounded away beside it.
+template <typename acc_t>
+struct Reference {
+  acc_t delta, slope;
+};
+
 // All that phase 3 needs of a row; what backward saves instead of the row itself.
 template <typename acc_t>
 struct RowConstants {
-  static constexpr int kCount = 8;
+  static constexpr int kCount = 12;
   acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
   acc_t student_max, student_log2_sum;
   acc_t hard_log2_sum;  // the student's at the temperature of the cross entropy
-  // log p - log q = ((t - s) - (teacher_max - student_max)) / T - log_ratio; NaN where the row has no distributions
-  acc_t log_ratio;
+  acc_t log_ratio;      // of the two sums, what log_ratio_at() needs; NaN where the row has no distributions
   acc_t sum_grad_q, sum_grad_p;
+  Reference<acc_t> at_student_max, at_teacher_max;
 
   RowConstants() = default;
   KLDIV_HD explicit RowConstants(const RowState<acc_t>& state)
@@ -104,7 +123,50 @@ struct RowConstants {
         hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
         log_ratio(log_of_ratio(state) + 0 * (state.teacher.max - state.student.max)),
         sum_grad_q(0),
-        sum_grad_p(0) {}
+        sum_grad_p(0),
+        at_student_max{},
+        at_teacher_max{} {}
+
+  template <typename Divergence>
+  KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature)
+      : RowConstants(state) {
+    if constexpr (!Divergence::kGradQSumsToZero) {
+      Pair<acc_t> x(log_ratio_at(state.beside_student_max, student_max, inverse_temperature));
+      x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
+      at_student_max = {x.delta, divergence.grad_q(x)};
+    }
+    if constexpr (!Divergence::kGradPSumsToZero) {
+      Pair<acc_t> x(log_ratio_at(teacher_max, state.beside_teacher_max, inverse_temperature));
+      x.larger = x.by_larger(1, 1 / x.ratio);  // p = 1
+      at_teacher_max = {x.delta, divergence.grad_p(x)};
+    }
+  }
+
+  // log p - log q of a column; T is acc_t or a vector of it.
+  template <typename T>
+  KLDIV_HD T log_ratio_at(T teacher, T student, acc_t inverse_temperature) const {
+    // Equal logits differ by 0, also where both are -inf.
+    const T difference = teacher == student ? T{} : teacher - student;
+    return (difference - (teacher_max - student_max)) * inverse_temperature - log_ratio;
+  }
+
+  // A column's g_q and g_p without the reference's share.
+  template <typename T, typename Divergence>
+  KLDIV_HD T grad_q(const Divergence& divergence, const Pair<T>& x) const {
+    if constexpr (Divergence::kGradQSumsToZero) {
+      return divergence.grad_q(x);
+    } else {
+      return x.delta == at_student_max.delta ? T{} : divergence.grad_q(x) - x.student() * at_student_max.slope;
+    }
+  }
+  template <typename T, typename Divergence>
+  KLDIV_HD T grad_p(const Divergence& divergence, const Pair<T>& x) const {
+    if constexpr (Divergence::kGradPSumsToZero) {
+      return divergence.grad_p(x);
+    } else {
+      return x.delta == at_teacher_max.delta ? T{} : divergence.grad_p(x) - x.teacher() * at_teacher_max.slope;
+    }
+  }
 
   // An infinite divergence has no gradient: NaN in this row, and only here.
   KLDIV_HD void set_sums(const RowSums<acc_t>& sums) {
@@ -132,18 +194,16 @@ KLDIV_HD acc_t cross_entropy(acc_t logit, acc_t max, acc_t log2_sum, acc_t inver
   return (max - logit) * inverse_temperature + log2_sum * static_cast<acc_t>(kLn2);
 }
 
+// Of a column, from its logit on one side.
+template <typename T>
+KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inverse_temperature) {
+  return exp2((logit - max) * (inverse_temperature * static_cast<Scalar<T>>(kLog2E)) - log2_sum);
+}
+
 // One column from its two logits; T is acc_t or a vector of it.
 template <typename T>
 KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature) {
-  // Equal logits differ by 0, also where both are -inf.
-  const T difference = teacher == student ? T{} : teacher - student;
-  const T delta = (difference - (row.teacher_max - row.student_max)) * inverse_temperature - row.log_ratio;
-  Pair<T> x;
-  x.teacher_is_larger = delta >= 0;
-  x.gap = absolute(delta);
-  const Decay<T> decay(x.gap);
-  x.expm1 = decay.expm1;
-  x.excess = decay.excess;
+  Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
   x.larger = exp2(x.by_larger((teacher - row.teacher_max) * per_bit - row.teacher_log2_sum,
                               (student - row.student_max) * per_bit - row.student_log2_sum));
@@ -162,10 +222,12 @@ struct StatsSums {
   }
   KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row,
                                Scalar<T> inverse_temperature) {
-    const Pair<T> x = make_pair(teacher, student, row, inverse_temperature);
-    return {ForwardKL().term(x), ReverseKL().term(x),
-            drop(x.teacher(), (row.teacher_max - teacher) * inverse_temperature),
-            drop(x.student(), (row.student_max - student) * inverse_temperature)};
+    Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
+    const T p = probability(teacher, row.teacher_max, row.teacher_log2_sum, inverse_temperature);
+    const T q = probability(student, row.student_max, row.student_log2_sum, inverse_temperature);
+    x.larger = x.by_larger(p, q);
+    return {ForwardKL().term(x), ReverseKL().term(x), drop(p, (row.teacher_max - teacher) * inverse_temperature),
+            drop(q, (row.student_max - student) * inverse_temperature)};
   }
 
  private:

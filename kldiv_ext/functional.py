@@ -191,7 +191,6 @@ def distillation_loss(
             the classes of a cross entropy.
         divergence: one of the names above.
         beta: ``jsd`` only, weight of p in the mixture, 0 to 1; 0 is forward KL and 1 reverse KL, as in TRL and Liger.
-            Within about 0.01 of its ends without being there, this parameter like the next two, float32 loses digits.
         skew: ``skew_*`` only, share of the first argument that is kept in the mixture, 0 to 1.
         alpha: ``alpha`` only, the order, 0 to 1; 1 is forward KL and 0 reverse KL.
         temperature: divides the logits, > 0.

@@ -61,6 +61,8 @@ DIVERGENCES = [
     for name in kldiv_ext.DIVERGENCES
     for parameter in ((0.1, 0.5, 0.9) if name in PARAMETERS else (None,))
 ]
+# Near its ends, where a mixture is nearly one of the two.
+LOPSIDED = [Divergence(name, parameter) for name in PARAMETERS for parameter in (0.001, 0.999)]
 # Where the divergence is another one.
 ENDPOINTS = [Divergence(name, end) for name in PARAMETERS for end in (0.0, 1.0)]
 # One of each way through the kernels: gradient in the pass of the sums, or in a pass of its own.

@@ -164,6 +164,17 @@ RowState<acc_t> state_of(const acc_t* teacher, const acc_t* student, int n, acc_
   return state;
 }
 
+// The largest of the other side's logits where this one's are largest.
+template <typename acc_t>
+acc_t beside_largest(const acc_t* x, const acc_t* other, int n) {
+  using V = Vec<acc_t>;
+  const acc_t max = largest(x, n);
+  V best = -infinity<V>();
+  for (int i = 0; i < n; i += kLanes<acc_t>)
+    best = maximum(best, load(x + i) == max ? load(other + i) : -infinity<V>());
+  return max_lanes(best);
+}
+
 // The student's alone, at the temperature of the cross entropy.
 template <typename acc_t>
 LogSumExp<acc_t> log_sum_exp(const acc_t* x, acc_t max, int n, acc_t inverse_temperature) {
@@ -187,7 +198,7 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
     next_teacher(i);
     next_student(i);
     const Pair<V> x = make_pair(load(teacher + i), load(student + i), row, inverse_temperature);
-    const V grad_q = divergence.grad_q(x), grad_p = divergence.grad_p(x);
+    const V grad_q = row.grad_q(divergence, x), grad_p = row.grad_p(divergence, x);
     if constexpr (kSums) {
       sums.term += divergence.term(x);
       if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += grad_q;
@@ -272,11 +283,25 @@ class RowReader {
         states_(new RowState<acc_t>[chunks_]) {}
 
  protected:
+  // What is asked for of phase 1 besides the sums of the divergence.
+  struct Wanted {
+    bool hard, beside_student_max, beside_teacher_max;
+  };
+
   template <typename ForEachChunk>
-  RowConstants<acc_t> constants(int64_t row, bool hard, const ForEachChunk& for_each_chunk) const {
-    for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, hard); });
-    return RowConstants<acc_t>(
-        fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); }));
+  RowState<acc_t> state(int64_t row, const Wanted& wanted, const ForEachChunk& for_each_chunk) const {
+    for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, wanted.hard); });
+    const int64_t of_student = wanted.beside_student_max ? chunk_of_largest(&RowState<acc_t>::student) : 0;
+    const int64_t of_teacher = wanted.beside_teacher_max ? chunk_of_largest(&RowState<acc_t>::teacher) : 0;
+    RowState<acc_t> state =
+        fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
+    if (wanted.beside_student_max) {
+      state.beside_student_max = beside_largest(student_, teacher_, row, of_student);
+    }
+    if (wanted.beside_teacher_max) {
+      state.beside_teacher_max = beside_largest(teacher_, student_, row, of_teacher);
+    }
+    return state;
   }
 
   Chunk<acc_t> chunk(const Side<acc_t>& side, int64_t row, int64_t index) const {
@@ -307,6 +332,20 @@ class RowReader {
   const Side<acc_t> student_, teacher_;
 
  private:
+  // The first one, of one side.
+  int64_t chunk_of_largest(const LogSumExp<acc_t> RowState<acc_t>::* side) const {
+    int64_t best = 0;
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      if ((states_[chunk].*side).max > (states_[best].*side).max) best = chunk;
+    }
+    return best;
+  }
+
+  acc_t beside_largest(const Side<acc_t>& side, const Side<acc_t>& other, int64_t row, int64_t index) const {
+    const Chunk<acc_t> x = chunk(side, row, index), y = chunk(other, row, index);
+    return cpu::KLDIV_ISA::beside_largest(x.data, y.data, x.padded_size);
+  }
+
   RowState<acc_t> state(int64_t row, int64_t index, bool hard) const {
     const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
     const int64_t next = teacher.begin + kChunk;
@@ -358,7 +397,11 @@ class RowWalk : RowReader<acc_t> {
     const bool teacher = of_teacher_.wanted, gradients = of_student_.wanted || teacher;
     const bool together = loss && gradients && of_student_.can_wait && of_teacher_.can_wait;
     if (loss) {
-      *constants = this->constants(row, args_.labels != nullptr, for_each_chunk);
+      const bool sides = teacher || !together;  // the sums of both are taken
+      const RowState<acc_t> state = this->state(
+          row, {args_.labels != nullptr, !Divergence::kGradQSumsToZero, sides && !Divergence::kGradPSumsToZero},
+          for_each_chunk);
+      *constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature);
       *loss = hard == 0 ? 0
                         : hard * cross_entropy(label_logit(student_, row), constants->student_max,
                                                constants->hard_log2_sum, scaling_.hard_inverse_temperature);
@@ -521,7 +564,7 @@ class StatsWalk : RowReader<acc_t> {
       stats = RowStats<acc_t>();
       return;
     }
-    const RowConstants<acc_t> constants = this->constants(row, false, for_each_chunk);
+    const RowConstants<acc_t> constants(this->state(row, {}, for_each_chunk));
     for_each_chunk(chunks_, [&](int64_t chunk) { parts_[chunk] = part(row, chunk, constants); });
     const Part all = fold(parts_.get(), chunks_, [](const Part& a, const Part& b) {
       return Part{a.sums + b.sums, minimum(a.student_top, b.student_top), minimum(a.teacher_top, b.teacher_top)};

@@ -7,29 +7,39 @@
 
 namespace kldiv::cuda {
 
+template <typename acc_t>
+KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
+  acc_t max = group.x[0];
+  KLDIV_UNROLL
+  for (int i = 1; i < kGroup<acc_t>; ++i) max = maximum(max, group.x[i]);
+  return max;
+}
+
 // Phase 1: adds a group to the state of the columns so far.
 template <typename acc_t>
 KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, const Group<acc_t>& student,
-                         acc_t inverse_temperature) {
-  acc_t teacher_max = state.teacher.max, student_max = state.student.max;
-  KLDIV_UNROLL
-  for (int i = 0; i < kGroup<acc_t>; ++i) {
-    teacher_max = maximum(teacher_max, teacher.x[i]);
-    student_max = maximum(student_max, student.x[i]);
-  }
-  if (teacher_max > state.teacher.max || student_max > state.student.max) {  // seldom, once a row has begun
-    RowState<acc_t> raised;
-    raised.teacher.max = teacher_max;
-    raised.student.max = student_max;
-    raised.add_rescaled(state, inverse_temperature);
-    raised.hard = state.hard;
-    state = raised;
+                         const Scaling<acc_t>& scaling) {
+  RowState<acc_t> raised;
+  raised.teacher.max = largest(teacher);
+  raised.student.max = largest(student);
+  // Seldom, once a row has begun.
+  if (raised.teacher.max >= state.teacher.max || raised.student.max >= state.student.max) {
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
+      if (student.x[i] == raised.student.max) {
+        raised.beside_student_max = maximum(raised.beside_student_max, teacher.x[i]);
+      }
+      if (teacher.x[i] == raised.teacher.max) {
+        raised.beside_teacher_max = maximum(raised.beside_teacher_max, student.x[i]);
+      }
+    }
+    state = state.merged(raised, scaling);
   }
   const acc_t teacher_offset = state.teacher.offset(), student_offset = state.student.offset();
   acc_t teacher_sum = 0, student_sum = 0, difference = 0;
   KLDIV_UNROLL
   for (int i = 0; i < kGroup<acc_t>; ++i) {
-    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, inverse_temperature);
+    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, scaling.inverse_temperature);
     teacher_sum += x.teacher;
     student_sum += x.student;
     difference += x.difference;
@@ -44,9 +54,7 @@ template <typename acc_t>
 KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
                                        acc_t inverse_temperature) {
   LogSumExp<acc_t> both;
-  both.max = state.max;
-  KLDIV_UNROLL
-  for (int i = 0; i < kGroup<acc_t>; ++i) both.max = maximum(both.max, group.x[i]);
+  both.max = maximum(state.max, largest(group));
   const acc_t offset = both.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   KLDIV_UNROLL
@@ -71,8 +79,8 @@ struct Columns {
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sums.term += divergence.term(x);
-      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += divergence.grad_q(x);
-      if constexpr (!Divergence::kGradPSumsToZero) sums.grad_p += divergence.grad_p(x);
+      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += row.grad_q(divergence, x);
+      if constexpr (!Divergence::kGradPSumsToZero) sums.grad_p += row.grad_p(divergence, x);
     }
     return sums;
   }
@@ -105,12 +113,12 @@ struct Columns {
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradQSumsToZero>(
-        teacher, student, row.sum_grad_q, [&](const auto& x) { return divergence.grad_q(x); },
+        teacher, student, row.sum_grad_q, [&](const auto& x) { return row.grad_q(divergence, x); },
         [](const auto& x) { return x.student(); });
   }
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradPSumsToZero>(
-        teacher, student, row.sum_grad_p, [&](const auto& x) { return divergence.grad_p(x); },
+        teacher, student, row.sum_grad_p, [&](const auto& x) { return row.grad_p(divergence, x); },
         [](const auto& x) { return x.teacher(); });
   }
 

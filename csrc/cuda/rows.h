@@ -28,13 +28,12 @@ class RowReader {
 
   // Phase 1.
   KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) const {
-    const acc_t inverse_temperature = scaling_.inverse_temperature;
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
-    const bool one_temperature = inverse_temperature == hard_inverse_temperature;
+    const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
     RowState<acc_t> mine;
     walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
-      extend(mine, t, s, inverse_temperature);
+      extend(mine, t, s, scaling_);
       if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
     });
     if (hard && one_temperature) mine.hard = mine.student;
@@ -71,7 +70,8 @@ class RowWalk : RowReader<Side> {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
-    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr))
+    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
+                                                                  divergence_, scaling_.inverse_temperature)
                                             : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (hard != 0) {

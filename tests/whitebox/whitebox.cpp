@@ -63,6 +63,7 @@ RowConstants<S> normalised() {
   row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = 0;
   row.log_ratio = 0;
   row.sum_grad_q = row.sum_grad_p = 0;
+  row.at_student_max = row.at_teacher_max = {0, 0};
   return row;
 }
 
@@ -83,6 +84,7 @@ void bind(py::module_ m) {
   KLDIV_UNARY(exp2_floored, exp2_floored(x));
   KLDIV_UNARY(exp_any, exp_any(x));
   KLDIV_UNARY(log, kldiv::log(x));
+  KLDIV_UNARY(decay_ratio, Decay<T>(x).ratio);
   KLDIV_UNARY(decay_expm1, Decay<T>(x).expm1);
   KLDIV_UNARY(decay_excess, Decay<T>(x).excess);
   KLDIV_UNARY(log1p, Log1p<T>(x).value);
@@ -91,11 +93,11 @@ void bind(py::module_ m) {
   KLDIV_UNARY(softcap_slope, LogitMap<S>{1, 1}.slope(x));
 #undef KLDIV_UNARY
 
-  // (larger, gap, expm1, excess, teacher_is_larger) of columns given by their two log-probabilities
+  // (larger, gap, ratio, expm1, excess, teacher_is_larger) of columns given by their two log-probabilities
   m.def("make_pair", [](const Array<T>& teacher, const Array<T>& student) {
-    return map<T, 5>(teacher.size(), [&](int64_t i) {
+    return map<T, 6>(teacher.size(), [&](int64_t i) {
       const Pair<T> x = column<T>(teacher, student, i, normalised<S>(), 1);
-      return std::array<T, 5>{x.larger, x.gap, x.expm1, x.excess, x.by_larger(splat<T>(1), splat<T>(0))};
+      return std::array<T, 6>{x.larger, x.gap, x.ratio, x.expm1, x.excess, x.by_larger(splat<T>(1), splat<T>(0))};
     });
   });
 
