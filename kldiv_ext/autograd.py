@@ -55,6 +55,8 @@ def plain_distillation_loss(
     shape, dtype = student.shape, accumulation_dtype(student, teacher)
     if labels is not None:
         labels = labels.reshape(shape[:-1])
+    if options.soft_scale == 0 and options.hard_scale == 0:
+        row_scale = torch.zeros(shape[:-1], dtype=dtype, device=student.device).reshape(-1)
     if row_scale is not None:  # a row whose scale is 0 is not read
         dead = (row_scale == 0).reshape(shape[:-1])
         student, teacher = student.masked_fill(dead[..., None], 0), teacher.masked_fill(dead[..., None], 0)

@@ -131,8 +131,6 @@ def weighted_losses(
     temperature: float,
 ) -> Tensor:
     """soft_weight · divergence + hard_weight · cross entropy, [...]; a part without weight is 0 even where infinite."""
-    if soft_weight == 0 and hard_weight == 0:  # nothing is read
-        return torch.where(torch.ones_like(student, dtype=torch.bool), 0, student + teacher).sum(-1)
     if soft_weight == 0:
         divergence, parameter = "skew_forward_kl", 1.0  # 0, and NaN where a row is broken
     losses = (soft_weight or 1.0) * row_losses(student, teacher, divergence, parameter, temperature)
@@ -177,6 +175,8 @@ def distillation_loss(
     if reduction == "mean":
         denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=weights.device)
         counts = counts & (denominator != 0)
+    if soft_weight == 0 and hard_weight == 0:
+        counts = torch.zeros_like(counts)
     # A position that does not count is never read: whatever stands there, NaN too, is replaced.
     student, teacher = (z.double().masked_fill(~counts[..., None], 0) for z in (student_logits, teacher_logits))
     labels = None if labels is None else labels.masked_fill(~counts, 0)

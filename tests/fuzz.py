@@ -25,6 +25,7 @@ import torch
 from kldiv_ext import info
 
 RECORD = Path(__file__).with_name("FUZZ.md")
+LASTING = "## Found by earlier runs, and mended"  # what follows is written by hand, and kept
 
 
 def properties() -> dict[str, Any]:
@@ -118,7 +119,8 @@ def main() -> None:
     start = time.monotonic()
     tried, failures = fuzz(options.seconds, options.seed, options.only)
     text = report(time.monotonic() - start, options.seed, tried, failures)
-    options.record.write_text(text)
+    before = options.record.read_text() if options.record.exists() else ""
+    options.record.write_text(text + "".join(f"\n{LASTING}{kept}" for kept in before.split(LASTING)[1:]))
     print(text)
     raise SystemExit(bool(failures))
 

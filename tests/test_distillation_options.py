@@ -190,6 +190,36 @@ def test_a_part_without_weight_is_not_there(device: str) -> None:
     assert hard.loss.isfinite().all() and hard.grad_student is not None and hard.grad_student.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean"])
+def test_without_any_weight_nothing_is_read(device: str, reduction: str) -> None:
+    """By the kernels, by what stands in for them under torch.func, and by the reference."""
+    student, teacher = torch.full((2, 5), torch.nan, device=device), torch.full((2, 5), torch.inf, device=device)
+
+    def loss(student: Tensor, teacher: Tensor, function: Callable[..., Tensor] = distillation_loss) -> Tensor:
+        return function(student, teacher, soft_weight=0.0, logit_softcap=(1.0, None), reduction=reduction).sum()
+
+    for gradients in (
+        torch.func.grad(loss, (0, 1))(student, teacher),
+        run(loss, student, teacher),
+        run(loss, student, teacher, reference.distillation_loss),
+    ):
+        assert all(x is not None and not x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_row_broken_on_one_side_is_broken_on_both(device: str, side: str) -> None:
+    """Also where the divergence has no weight, or none of its own: it is not known that it would not have mattered."""
+    student, teacher = make_pair(2, 5, device=device)
+    (student if side == "student" else teacher)[0, 3] = torch.nan
+    labels = torch.tensor([1, 2], device=device)
+    for options in ({"soft_weight": 0.0, "hard_weight": 1.0}, {"divergence": "skew_reverse_kl", "skew": 1.0}):
+        for function in (distillation_loss, reference.distillation_loss):
+            result = run(function, student, teacher, labels, **options, reduction="none")
+            for values in result:
+                assert values is not None
+                assert values[0].isnan().all() and not values[1].isnan().any()
+
+
 def test_labels_out_of_range_under_the_compiler() -> None:
     """Where nobody can raise, NaN in that row alone."""
     student, teacher = make_pair(4, COLUMNS)
