@@ -152,7 +152,7 @@ struct Mixture {
     log = near_smaller ? logarithm.value - x.gap : logarithm.value;
     smaller_gap = x.ratio * (near_smaller ? logarithm.value : x.finite_gap() + logarithm.value);
     const T shortfall = logarithm.shortfall;
-    kl_larger = near_smaller ? x.excess + shortfall + y * x.expm1 : shortfall;
+    kl_larger = near_smaller ? maximum(x.excess + shortfall + y * x.expm1, T{}) : shortfall;
     const T rest = x.ratio * (x.finite_excess() - shortfall) + above * x.expm1;
     kl_smaller = near_smaller ? x.ratio * shortfall : maximum(-rest, T{});
     const T reciprocal = Primitives<T>::reciprocal(total);
@@ -206,7 +206,7 @@ struct SkewForwardKL {
     // The difference cancels where q is far larger, the sum where skew is near 1.
     const Mixture<T> m(x, skew);
     const T sum = x.ratio * (static_cast<Scalar<T>>(skew) * m.one_minus_smaller) - m.smaller_gap;
-    return m.near_smaller | x.teacher_is_larger() ? term(x) - grad_q(x) : x.larger * sum;
+    return (m.near_smaller | x.teacher_is_larger()) ? term(x) - grad_q(x) : x.larger * sum;
   }
 };
 
@@ -269,8 +269,8 @@ struct Alpha {
       const T share = x.by_larger(rest, alpha), nearest = minimum(share, x.by_larger(alpha, rest));
       const auto near_smaller = share > static_cast<Scalar<T>>(0.5);
       const auto close = x.gap < 1;
-      // e^{-nearest gap}: r / larger or, near the smaller one, smaller / r; that is divided by, and where it comes to
-      // this limit ratio is 0 already.
+      // e^{-nearest gap}: r / larger or, near the smaller one, smaller / r; that is divided by, and far
+      // before this limit ratio is 0.
       const T limit = near_smaller ? splat<T>(FormatOf<T>::kSmallestExponent / -2) : infinity<T>();
       const Decay<T> step(minimum(nearest * x.gap, limit));
       const T remainder = close ? step.expm1 - x.expm1 : step.ratio - x.ratio;

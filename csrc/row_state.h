@@ -53,16 +53,23 @@ struct RowState {
   LogSumExp<acc_t> teacher, student;
   acc_t difference = 0;   // teacher.sum - student.sum, but with digits of its own
   LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
-  // The other side's logit where one side is largest; of several such columns the largest.
+  // The other side's logit where one side is largest; of several such columns the largest, on a CPU of those in the
+  // first chunk that has any.
   acc_t beside_student_max = static_cast<acc_t>(-__builtin_inff()), beside_teacher_max = beside_student_max;
 
   KLDIV_HD RowState merged(const RowState& other, const Scaling<acc_t>& scaling) const {
-    RowState both;
-    both.teacher.max = maximum(teacher.max, other.teacher.max);
-    both.student.max = maximum(student.max, other.student.max);
+    RowState both = maxima(other);
     both.add_rescaled(*this, scaling.inverse_temperature);
     both.add_rescaled(other, scaling.inverse_temperature);
     both.hard = hard.merged(other.hard, scaling.hard_inverse_temperature);
+    return both;
+  }
+
+  // The maxima of both, and nothing of their sums.
+  KLDIV_HD RowState maxima(const RowState& other) const {
+    RowState both;
+    both.teacher.max = maximum(teacher.max, other.teacher.max);
+    both.student.max = maximum(student.max, other.student.max);
     both.beside_student_max =
         beside_larger(student.max, beside_student_max, other.student.max, other.beside_student_max);
     both.beside_teacher_max =
@@ -95,12 +102,18 @@ struct RowSums {
   }
 };
 
-// The column where one side is largest: log p - log q, and the derivative of the divergence per unit of this side's
-// probability. It is taken off every column's: the softmax Jacobian does not see it, and in a row that is sure of its
-// choice the rest is all that there is, but would be rounded away beside it.
+// The column where one side is largest: its log p - log q, and the derivative of the divergence there per unit of this
+// side's probability, `slope`. Every column's derivative is taken less slope times its probability. The softmax
+// Jacobian does not see that; but where a row is sure of its choice, what is left is all of the gradient, and would be
+// rounded away beside what is taken off.
 template <typename acc_t>
 struct Reference {
   acc_t delta, slope;
+
+  // Where the other side is far larger, this one is not sure, and nothing is taken off: beside a slope as large as the
+  // ratio of the two it would be the small derivatives that are rounded away.
+  KLDIV_HD static Reference none() { return {nan<acc_t>(), 0}; }
+  static constexpr acc_t kFar = 2.5;  // log 12
 };
 
 // All that phase 3 needs of a row; what backward saves instead of the row itself.
@@ -133,16 +146,19 @@ struct RowConstants {
     if constexpr (!Divergence::kGradQSumsToZero) {
       Pair<acc_t> x(log_ratio_at(state.beside_student_max, student_max, inverse_temperature));
       x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
-      at_student_max = {x.delta, divergence.grad_q(x)};
+      at_student_max =
+          x.delta > Reference<acc_t>::kFar ? Reference<acc_t>::none() : Reference<acc_t>{x.delta, divergence.grad_q(x)};
     }
     if constexpr (!Divergence::kGradPSumsToZero) {
       Pair<acc_t> x(log_ratio_at(teacher_max, state.beside_teacher_max, inverse_temperature));
       x.larger = x.by_larger(1, 1 / x.ratio);  // p = 1
-      at_teacher_max = {x.delta, divergence.grad_p(x)};
+      at_teacher_max = x.delta < -Reference<acc_t>::kFar ? Reference<acc_t>::none()
+                                                         : Reference<acc_t>{x.delta, divergence.grad_p(x)};
     }
   }
 
-  // log p - log q of a column; T is acc_t or a vector of it.
+  // log p - log q of a column; T is acc_t or a vector of it. To the same bits for all who call it: that is how the
+  // reference's column is known.
   template <typename T>
   KLDIV_HD T log_ratio_at(T teacher, T student, acc_t inverse_temperature) const {
     // Equal logits differ by 0, also where both are -inf.
@@ -194,7 +210,7 @@ KLDIV_HD acc_t cross_entropy(acc_t logit, acc_t max, acc_t log2_sum, acc_t inver
   return (max - logit) * inverse_temperature + log2_sum * static_cast<acc_t>(kLn2);
 }
 
-// Of a column, from its logit on one side.
+// Of a column on one side, from its logit.
 template <typename T>
 KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inverse_temperature) {
   return exp2((logit - max) * (inverse_temperature * static_cast<Scalar<T>>(kLog2E)) - log2_sum);
@@ -268,6 +284,9 @@ struct RowStats {
  private:
   KLDIV_HD static acc_t natural(acc_t log2) { return log2 * static_cast<acc_t>(kLn2); }
 };
+
+static_assert(sizeof(RowConstants<float>) == RowConstants<float>::kCount * sizeof(float));
+static_assert(sizeof(RowStats<float>) == RowStats<float>::kCount * sizeof(float));
 
 }  // namespace KLDIV_ISA
 }  // namespace kldiv

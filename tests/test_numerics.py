@@ -216,6 +216,41 @@ def test_several_largest_logits(device: str) -> None:
         assert (row_errors(value, wanted) <= 1e-3).all(), f"{divergence}: {row_errors(value, wanted).max():.1e}"
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *LOPSIDED], ids=str)
+def test_flat_rows_beside_sure_ones(device: str, divergence: Divergence, spread: float) -> None:
+    """The teacher's one column is the student's largest, if only by a little: its derivative is as large as the ratio
+    of the two, and must not swallow the others. Where those are all alike, each is known to a rounding."""
+    student, teacher = make_pair(4, REAL, device=device)
+    student = spread * student
+    teacher.scatter_(-1, student.argmax(-1, keepdim=True), 25.0)
+    options = {**divergence.options, "reduction": "none"}
+    ours = run(distillation_loss, student, teacher, **options)
+    exact = run(reference.distillation_loss, student.double(), teacher.double(), **options)
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert value is not None and wanted is not None
+        assert (row_errors(value, wanted) <= 1e-4).all(), f"{row_errors(value, wanted).max():.1e}"
+        each = ((value - wanted).abs() / wanted.abs()).median()
+        assert each <= (5e-2 if first_order(divergence) else 1e-2), f"{each:.1e}"  # a sum of halves, less a half
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+def test_nothing_on_one_side_where_the_other_is_largest(device: str, divergence: Divergence, side: str) -> None:
+    student, teacher = make_pair(3, 300, device=device, distance=0.5)
+    full, empty = (student, teacher) if side == "teacher" else (teacher, student)
+    full[1, 7], empty[1, 7] = 9.0, -torch.inf
+    options = {**divergence.options, "reduction": "none"}
+    ours = run(distillation_loss, student, teacher, **options)
+    exact = run(reference.distillation_loss, student.double(), teacher.double(), **options)
+    assert torch.equal(ours.loss.isinf(), exact.loss.isinf())
+    finite = exact.loss.isfinite()
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert value is not None and wanted is not None
+        errors = row_errors(value[finite], wanted[finite], floor=1e-15)  # total variation's is 0 on the empty side
+        assert (errors <= 1e-4).all(), f"{errors.max():.1e}"
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_near_their_ends(device: str, name: str) -> None:
     """The promises hold from 0.001 to 0.999; nearer to an end nothing breaks."""

@@ -164,17 +164,6 @@ RowState<acc_t> state_of(const acc_t* teacher, const acc_t* student, int n, acc_
   return state;
 }
 
-// The largest of the other side's logits where this one's are largest.
-template <typename acc_t>
-acc_t beside_largest(const acc_t* x, const acc_t* other, int n) {
-  using V = Vec<acc_t>;
-  const acc_t max = largest(x, n);
-  V best = -infinity<V>();
-  for (int i = 0; i < n; i += kLanes<acc_t>)
-    best = maximum(best, load(x + i) == max ? load(other + i) : -infinity<V>());
-  return max_lanes(best);
-}
-
 // The student's alone, at the temperature of the cross entropy.
 template <typename acc_t>
 LogSumExp<acc_t> log_sum_exp(const acc_t* x, acc_t max, int n, acc_t inverse_temperature) {
@@ -187,7 +176,7 @@ LogSumExp<acc_t> log_sum_exp(const acc_t* x, acc_t max, int n, acc_t inverse_tem
 }
 
 // Phases 2 and 3 over one chunk. kSums: the sums are taken. kStore: gradients are written, or, with kSums, while the
-// sums that some of them need are not known, those as bare g_q and g_p, for finish(). kTeacher: also its side.
+// sums that some of them need are not known, those without the sums' share, for finish(). kTeacher: also its side.
 template <bool kSums, bool kStore, bool kTeacher, typename acc_t, typename Divergence>
 RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
                         const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
@@ -226,11 +215,10 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
 template <typename acc_t>
 void finish(const acc_t* bare, const acc_t* logits, int n, acc_t max, acc_t log2_sum, acc_t inverse_temperature,
             acc_t sum, acc_t factor, acc_t* gradient, Prefetch next) {
-  const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   for (int i = 0; i < n; i += kLanes<acc_t>) {
     next(i);
-    const Vec<acc_t> probability = exp2((load(logits + i) - max) * per_bit - log2_sum);
-    store(gradient + i, (load(bare + i) - probability * sum) * factor);
+    const Vec<acc_t> share = probability(load(logits + i), max, log2_sum, inverse_temperature);
+    store(gradient + i, (load(bare + i) - share * sum) * factor);
   }
 }
 
@@ -291,17 +279,15 @@ class RowReader {
   template <typename ForEachChunk>
   RowState<acc_t> state(int64_t row, const Wanted& wanted, const ForEachChunk& for_each_chunk) const {
     for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, wanted.hard); });
-    const int64_t of_student = wanted.beside_student_max ? chunk_of_largest(&RowState<acc_t>::student) : 0;
-    const int64_t of_teacher = wanted.beside_teacher_max ? chunk_of_largest(&RowState<acc_t>::teacher) : 0;
-    RowState<acc_t> state =
-        fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
     if (wanted.beside_student_max) {
-      state.beside_student_max = beside_largest(student_, teacher_, row, of_student);
+      RowState<acc_t>& state = largest(&RowState<acc_t>::student);
+      state.beside_student_max = beside(student_, teacher_, row, &state - states_.get(), state.student.max);
     }
     if (wanted.beside_teacher_max) {
-      state.beside_teacher_max = beside_largest(teacher_, student_, row, of_teacher);
+      RowState<acc_t>& state = largest(&RowState<acc_t>::teacher);
+      state.beside_teacher_max = beside(teacher_, student_, row, &state - states_.get(), state.teacher.max);
     }
-    return state;
+    return fold(states_.get(), chunks_, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
   }
 
   Chunk<acc_t> chunk(const Side<acc_t>& side, int64_t row, int64_t index) const {
@@ -332,18 +318,24 @@ class RowReader {
   const Side<acc_t> student_, teacher_;
 
  private:
-  // The first one, of one side.
-  int64_t chunk_of_largest(const LogSumExp<acc_t> RowState<acc_t>::* side) const {
+  // The first chunk where one side is largest.
+  RowState<acc_t>& largest(const LogSumExp<acc_t> RowState<acc_t>::* side) const {
     int64_t best = 0;
     for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
       if ((states_[chunk].*side).max > (states_[best].*side).max) best = chunk;
     }
-    return best;
+    return states_[best];
   }
 
-  acc_t beside_largest(const Side<acc_t>& side, const Side<acc_t>& other, int64_t row, int64_t index) const {
+  // The other side's largest logit where this side's is `max`, in one chunk.
+  acc_t beside(const Side<acc_t>& side, const Side<acc_t>& other, int64_t row, int64_t index, acc_t max) const {
     const Chunk<acc_t> x = chunk(side, row, index), y = chunk(other, row, index);
-    return cpu::KLDIV_ISA::beside_largest(x.data, y.data, x.padded_size);
+    const Vec<acc_t> nothing = -infinity<Vec<acc_t>>();
+    Vec<acc_t> best = nothing;
+    for (int i = 0; i < x.padded_size; i += kLanes<acc_t>) {
+      best = maximum(best, load(x.data + i) == max ? load(y.data + i) : nothing);
+    }
+    return max_lanes(best);
   }
 
   RowState<acc_t> state(int64_t row, int64_t index, bool hard) const {
@@ -509,10 +501,9 @@ class RowWalk : RowReader<acc_t> {
   void add_cross_entropy(const Chunk<acc_t>& student, int64_t row, const RowConstants<acc_t>& constants, acc_t factor,
                          acc_t* gradient) const {
     if (!has_label(row)) factor = nan<acc_t>();
-    const acc_t per_bit = scaling_.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
     for (int i = 0; i < student.padded_size; i += kLanes<acc_t>) {
-      const Vec<acc_t> softmax =
-          exp2((load(student.data + i) - constants.student_max) * per_bit - constants.hard_log2_sum);
+      const Vec<acc_t> softmax = probability(load(student.data + i), constants.student_max, constants.hard_log2_sum,
+                                             scaling_.hard_inverse_temperature);
       store(gradient + i, load(gradient + i) + softmax * factor);
     }
     const int64_t label = args_.labels[row] - student.begin;

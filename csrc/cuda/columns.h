@@ -19,21 +19,20 @@ KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
 template <typename acc_t>
 KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, const Group<acc_t>& student,
                          const Scaling<acc_t>& scaling) {
-  RowState<acc_t> raised;
-  raised.teacher.max = largest(teacher);
-  raised.student.max = largest(student);
-  // Seldom, once a row has begun.
-  if (raised.teacher.max >= state.teacher.max || raised.student.max >= state.student.max) {
+  RowState<acc_t> group;
+  group.teacher.max = largest(teacher);
+  group.student.max = largest(student);
+  // Seldom to a thread, once a row has begun.
+  if (group.teacher.max >= state.teacher.max || group.student.max >= state.student.max) {
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      if (student.x[i] == raised.student.max) {
-        raised.beside_student_max = maximum(raised.beside_student_max, teacher.x[i]);
-      }
-      if (teacher.x[i] == raised.teacher.max) {
-        raised.beside_teacher_max = maximum(raised.beside_teacher_max, student.x[i]);
-      }
+      if (student.x[i] == group.student.max) group.beside_student_max = maximum(group.beside_student_max, teacher.x[i]);
+      if (teacher.x[i] == group.teacher.max) group.beside_teacher_max = maximum(group.beside_teacher_max, student.x[i]);
     }
-    state = state.merged(raised, scaling);
+    RowState<acc_t> raised = state.maxima(group);
+    raised.add_rescaled(state, scaling.inverse_temperature);
+    raised.hard = state.hard;
+    state = raised;
   }
   const acc_t teacher_offset = state.teacher.offset(), student_offset = state.student.offset();
   acc_t teacher_sum = 0, student_sum = 0, difference = 0;
@@ -102,10 +101,10 @@ struct Columns {
   // The cross entropy's part of the student's gradient: softmax less one at the label.
   KLDIV_DEVICE void add_cross_entropy(const Group<acc_t>& student, uint32_t first, Group<acc_t>& gradient) const {
     if (hard_factor == 0) return;
-    const acc_t per_bit = scaling.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const acc_t softmax = exp2((student.x[i] - row.student_max) * per_bit - row.hard_log2_sum);
+      const acc_t softmax =
+          probability(student.x[i], row.student_max, row.hard_log2_sum, scaling.hard_inverse_temperature);
       gradient.x[i] += (softmax - (first + i == label ? 1 : 0)) * hard_factor;
     }
   }
