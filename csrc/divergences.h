@@ -9,10 +9,14 @@
 // is seen from the larger of its two probabilities, and all else is written in the gap between them; then
 // every term is non-negative by its form, exactly 0 for equal rows, and nothing overflows.
 //
+// Where g_q comes to be a constant times q as q gets far larger than p, grad_q_shifted() is what is then left of it:
+// g_q less that constant times q, which the Jacobian does not see. Likewise grad_p_shifted().
+//
 // To add a divergence: a struct below, a row in KLDIV_DIVERGENCES, a formula in kldiv_ext/reference.py and a
 // line in the README's table.
 #pragma once
 
+#include <cmath>
 #include <string_view>
 #include <type_traits>
 
@@ -102,6 +106,18 @@ struct Exchanged {
   KLDIV_HD T grad_p(const Pair<T>& x) const {
     return divergence.grad_q(x.exchanged());
   }
+  template <typename T>
+  KLDIV_HD T grad_q_shifted(const Pair<T>& x) const
+    requires requires { divergence.grad_p_shifted(x); }
+  {
+    return divergence.grad_p_shifted(x.exchanged());
+  }
+  template <typename T>
+  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const
+    requires requires { divergence.grad_q_shifted(x); }
+  {
+    return divergence.grad_q_shifted(x.exchanged());
+  }
 };
 
 using ReverseKL = Exchanged<ForwardKL>;
@@ -136,6 +152,7 @@ struct Mixture {
   T kl_smaller;                           // of smaller || m
   T smaller_gap;                          // smaller * log(m / smaller)
   T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
+  T product;                              // larger * smaller / m
 
   KLDIV_HD Mixture(const Pair<T>& x, double share_of_teacher) {
     const auto teacher_share = static_cast<Scalar<T>>(share_of_teacher);
@@ -158,6 +175,7 @@ struct Mixture {
     const T reciprocal = Primitives<T>::reciprocal(total);
     one_minus_larger = below * reciprocal;
     one_minus_smaller = above * reciprocal;
+    product = x.ratio * reciprocal;
   }
 };
 
@@ -166,7 +184,9 @@ struct Mixture {
 struct JensenShannon {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double beta;
+  double beta, log_beta, log_rest;
+
+  explicit JensenShannon(double beta) : beta(beta), log_beta(std::log(beta)), log_rest(std::log1p(-beta)) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -183,13 +203,27 @@ struct JensenShannon {
     const Mixture<T> m(x, beta);
     return -x.larger * x.by_larger(m.larger_share * m.log, m.smaller_share * m.smaller_gap);
   }
+  template <typename T>
+  KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // (1 - beta) q log((1 - beta) q / m)
+    const T shifted = -x.student() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(beta / (1 - beta))).value;
+    const T sum = grad_q(x) + x.student() * static_cast<Scalar<T>>((1 - beta) * log_rest);
+    return x.teacher_is_larger() ? sum : shifted * static_cast<Scalar<T>>(1 - beta);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // beta p log(beta p / m)
+    const T shifted = -x.teacher() * Log1p<T>(x.ratio * static_cast<Scalar<T>>((1 - beta) / beta)).value;
+    const T sum = grad_p(x) + x.teacher() * static_cast<Scalar<T>>(beta * log_beta);
+    return x.teacher_is_larger() ? shifted * static_cast<Scalar<T>>(beta) : sum;
+  }
 };
 
 // Skew KL (DistiLLM): m = skew p + (1 - skew) q, KL(p || m).
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double skew;
+  double skew, limit;  // of g_p / p as p gets far larger than q
+
+  explicit SkewForwardKL(double skew) : skew(skew), limit(skew - 1 - std::log(skew)) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -202,11 +236,22 @@ struct SkewForwardKL {
     return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
   template <typename T>
+  KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // -(1 - skew) q p / m
+    return static_cast<Scalar<T>>(skew - 1) * x.larger * Mixture<T>(x, skew).product;
+  }
+  template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m) = term - g_q
     // The difference cancels where q is far larger, the sum where skew is near 1.
     const Mixture<T> m(x, skew);
     const T sum = x.ratio * (static_cast<Scalar<T>>(skew) * m.one_minus_smaller) - m.smaller_gap;
     return (m.near_smaller | x.teacher_is_larger()) ? term(x) - grad_q(x) : x.larger * sum;
+  }
+  template <typename T>
+  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {                 // the same less limit * p
+    const T w = x.ratio * static_cast<Scalar<T>>((1 - skew) / skew);  // m / (skew p) - 1 where p is larger
+    const T shifted = Log1p<T>(w).shortfall - w * w * Primitives<T>::reciprocal(w + 1);
+    const T difference = grad_p(x) - x.teacher() * static_cast<Scalar<T>>(limit);
+    return x.teacher_is_larger() ? x.larger * shifted : difference;
   }
 };
 
@@ -255,13 +300,21 @@ struct Alpha {
     const Power<T> r(*this, x);
     return x.larger * x.by_larger(r.below_larger, -r.minus_smaller) * static_cast<Scalar<T>>(per_rest);
   }
+  template <typename T>
+  KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // -r / alpha
+    return -x.larger * Power<T>(*this, x).value * static_cast<Scalar<T>>(per_alpha);
+  }
+  template <typename T>
+  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // -r / (1 - alpha)
+    return -x.larger * Power<T>(*this, x).value * static_cast<Scalar<T>>(per_rest);
+  }
 
  private:
-  // What r lacks to the larger probability and has over the smaller one, everything relative to the larger one: from
-  // the one that it is closer to in the logarithm, so that no alpha, however small, costs digits.
+  // r, what it lacks to the larger probability and has over the smaller one, everything relative to the larger one:
+  // from the one that it is closer to in the logarithm, so that no alpha, however small, costs digits.
   template <typename T>
   struct Power {
-    T below_larger, minus_smaller;
+    T value, below_larger, minus_smaller;
     T term;  // share smaller + (1 - share) larger - r, where r = larger^(1 - share) smaller^share
 
     KLDIV_HD Power(const Alpha& divergence, const Pair<T>& x) {
@@ -275,8 +328,9 @@ struct Alpha {
       const Decay<T> step(minimum(nearest * x.gap, limit));
       const T remainder = close ? step.expm1 - x.expm1 : step.ratio - x.ratio;
       const T reciprocal = Primitives<T>::reciprocal(step.ratio);
+      value = near_smaller ? x.ratio * reciprocal : step.ratio;
       below_larger = near_smaller ? remainder * reciprocal : -step.expm1;
-      minus_smaller = near_smaller ? x.ratio * reciprocal * -step.expm1 : remainder;
+      minus_smaller = near_smaller ? value * -step.expm1 : remainder;
       // At small gaps their first orders cancel: without them.
       const T second_order = nearest * x.excess - step.excess;
       const T small = near_smaller ? -below_larger * step.expm1 - second_order : second_order;
@@ -306,14 +360,14 @@ struct Zero {
 };
 
 // The table: name, the name of its parameter ("" for none), the struct, and what it is at parameter 0 and 1.
-#define KLDIV_DIVERGENCES(ROW)                                                     \
-  ROW("forward_kl", "", ForwardKL{}, ForwardKL{}, ForwardKL{})                     \
-  ROW("reverse_kl", "", ReverseKL{}, ReverseKL{}, ReverseKL{})                     \
-  ROW("jeffreys", "", Jeffreys{}, Jeffreys{}, Jeffreys{})                          \
-  ROW("jsd", "beta", JensenShannon{parameter}, ForwardKL{}, ReverseKL{})           \
-  ROW("skew_forward_kl", "skew", SkewForwardKL{parameter}, ForwardKL{}, Zero{})    \
-  ROW("skew_reverse_kl", "skew", SkewReverseKL{{parameter}}, ReverseKL{}, Zero{})  \
-  ROW("total_variation", "", TotalVariation{}, TotalVariation{}, TotalVariation{}) \
+#define KLDIV_DIVERGENCES(ROW)                                                                 \
+  ROW("forward_kl", "", ForwardKL{}, ForwardKL{}, ForwardKL{})                                 \
+  ROW("reverse_kl", "", ReverseKL{}, ReverseKL{}, ReverseKL{})                                 \
+  ROW("jeffreys", "", Jeffreys{}, Jeffreys{}, Jeffreys{})                                      \
+  ROW("jsd", "beta", JensenShannon{parameter}, ForwardKL{}, ReverseKL{})                       \
+  ROW("skew_forward_kl", "skew", SkewForwardKL{parameter}, ForwardKL{}, Zero{})                \
+  ROW("skew_reverse_kl", "skew", SkewReverseKL{SkewForwardKL{parameter}}, ReverseKL{}, Zero{}) \
+  ROW("total_variation", "", TotalVariation{}, TotalVariation{}, TotalVariation{})             \
   ROW("alpha", "alpha", Alpha{parameter}, ReverseKL{}, ForwardKL{})
 
 // Calls function(divergence) with the struct of that name, Zero for the empty one; false if there is none.

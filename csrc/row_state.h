@@ -28,6 +28,28 @@ struct LogSumExp {
   }
 };
 
+// (t - teacher_max) - (s - student_max), in the order that rounds least: where the maxima are close, the difference of
+// the two logits comes first, which is exact of close ones; where they are not, it would round all that matters away.
+template <typename acc_t>
+struct Difference {
+  acc_t teacher_offset, student_offset, after;
+
+  KLDIV_HD Difference(acc_t teacher_max, acc_t student_max) {
+    const bool close = absolute(teacher_max - student_max) < 8;
+    teacher_offset = close ? 0 : teacher_max;
+    student_offset = close ? 0 : student_max;
+    after = close ? teacher_max - student_max : 0;
+  }
+
+  template <typename T>
+  KLDIV_HD T operator()(T teacher, T student) const {
+    // Equal logits differ by 0, also where both are -inf.
+    const T difference = teacher == student ? splat<T>(student_offset - teacher_offset)
+                                            : (teacher - teacher_offset) - (student - student_offset);
+    return difference - after;
+  }
+};
+
 // e^{(logit - offset) / T} of both sides, and what the teacher's exceeds the student's: of two close rows nothing else
 // tells the log-sum-exps apart. In float two exponentials' own roundings would hide it where they are close.
 template <typename T>
@@ -41,7 +63,8 @@ struct ExpPair {
     student = exp2_floored((student_logit - student_offset) * per_bit);
     difference = teacher - student;
     if constexpr (kIsFloat<T>) {
-      const T d = ((teacher_logit - student_logit) - (teacher_offset - student_offset)) * inverse_temperature;
+      const Difference<Scalar<T>> between(teacher_offset, student_offset);
+      const T d = between(teacher_logit, student_logit) * inverse_temperature;
       const T expm1 = d * (d * (d * (1.0f / 6) + 0.5f) + 1);  // relative error 2e-7 where it is used
       difference = absolute(d) < 1.0f / 64 ? student * expm1 : difference;
     }
@@ -108,18 +131,22 @@ struct RowSums {
 // rounded away beside what is taken off.
 template <typename acc_t>
 struct Reference {
+  static constexpr acc_t kFar = 2.5;  // log 12
   acc_t delta, slope;
+  acc_t shifted;  // 1 where slope is of the shifted derivative, because that is the smaller one; else 0
 
   // Where the other side is far larger, this one is not sure, and nothing is taken off: beside a slope as large as the
   // ratio of the two it would be the small derivatives that are rounded away.
-  KLDIV_HD static Reference none() { return {nan<acc_t>(), 0}; }
-  static constexpr acc_t kFar = 2.5;  // log 12
+  KLDIV_HD static Reference none() { return {nan<acc_t>(), 0, 0}; }
+  KLDIV_HD static Reference smaller_of(acc_t delta, acc_t slope, acc_t shifted_slope) {
+    return absolute(shifted_slope) < absolute(slope) ? Reference{delta, shifted_slope, 1} : Reference{delta, slope, 0};
+  }
 };
 
 // All that phase 3 needs of a row; what backward saves instead of the row itself.
 template <typename acc_t>
 struct RowConstants {
-  static constexpr int kCount = 12;
+  static constexpr int kCount = 14;
   acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
   acc_t student_max, student_log2_sum;
   acc_t hard_log2_sum;  // the student's at the temperature of the cross entropy
@@ -146,14 +173,16 @@ struct RowConstants {
     if constexpr (!Divergence::kGradQSumsToZero) {
       Pair<acc_t> x(log_ratio_at(state.beside_student_max, student_max, inverse_temperature));
       x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
-      at_student_max =
-          x.delta > Reference<acc_t>::kFar ? Reference<acc_t>::none() : Reference<acc_t>{x.delta, divergence.grad_q(x)};
+      at_student_max = x.delta > Reference<acc_t>::kFar
+                           ? Reference<acc_t>::none()
+                           : Reference<acc_t>::smaller_of(x.delta, divergence.grad_q(x), shifted_q(divergence, x));
     }
     if constexpr (!Divergence::kGradPSumsToZero) {
       Pair<acc_t> x(log_ratio_at(teacher_max, state.beside_teacher_max, inverse_temperature));
       x.larger = x.by_larger(1, 1 / x.ratio);  // p = 1
-      at_teacher_max = x.delta < -Reference<acc_t>::kFar ? Reference<acc_t>::none()
-                                                         : Reference<acc_t>{x.delta, divergence.grad_p(x)};
+      at_teacher_max = x.delta < -Reference<acc_t>::kFar
+                           ? Reference<acc_t>::none()
+                           : Reference<acc_t>::smaller_of(x.delta, divergence.grad_p(x), shifted_p(divergence, x));
     }
   }
 
@@ -161,9 +190,7 @@ struct RowConstants {
   // reference's column is known.
   template <typename T>
   KLDIV_HD T log_ratio_at(T teacher, T student, acc_t inverse_temperature) const {
-    // Equal logits differ by 0, also where both are -inf.
-    const T difference = teacher == student ? T{} : teacher - student;
-    return (difference - (teacher_max - student_max)) * inverse_temperature - log_ratio;
+    return Difference<acc_t>(teacher_max, student_max)(teacher, student) * inverse_temperature - log_ratio;
   }
 
   // A column's g_q and g_p without the reference's share.
@@ -172,7 +199,9 @@ struct RowConstants {
     if constexpr (Divergence::kGradQSumsToZero) {
       return divergence.grad_q(x);
     } else {
-      return x.delta == at_student_max.delta ? T{} : divergence.grad_q(x) - x.student() * at_student_max.slope;
+      T g = divergence.grad_q(x);
+      if (at_student_max.shifted != 0) g = shifted_q(divergence, x);
+      return x.delta == at_student_max.delta ? T{} : g - x.student() * at_student_max.slope;
     }
   }
   template <typename T, typename Divergence>
@@ -180,7 +209,9 @@ struct RowConstants {
     if constexpr (Divergence::kGradPSumsToZero) {
       return divergence.grad_p(x);
     } else {
-      return x.delta == at_teacher_max.delta ? T{} : divergence.grad_p(x) - x.teacher() * at_teacher_max.slope;
+      T g = divergence.grad_p(x);
+      if (at_teacher_max.shifted != 0) g = shifted_p(divergence, x);
+      return x.delta == at_teacher_max.delta ? T{} : g - x.teacher() * at_teacher_max.slope;
     }
   }
 
@@ -191,6 +222,23 @@ struct RowConstants {
   }
 
  private:
+  template <typename T, typename Divergence>
+  KLDIV_HD static T shifted_q(const Divergence& divergence, const Pair<T>& x) {
+    if constexpr (requires { divergence.grad_q_shifted(x); }) {
+      return divergence.grad_q_shifted(x);
+    } else {
+      return divergence.grad_q(x);
+    }
+  }
+  template <typename T, typename Divergence>
+  KLDIV_HD static T shifted_p(const Divergence& divergence, const Pair<T>& x) {
+    if constexpr (requires { divergence.grad_p_shifted(x); }) {
+      return divergence.grad_p_shifted(x);
+    } else {
+      return divergence.grad_p(x);
+    }
+  }
+
   // log(teacher.sum / student.sum), of close rows by their difference.
   KLDIV_HD static acc_t log_of_ratio(const RowState<acc_t>& state) {
     const acc_t excess = state.difference / state.student.sum;

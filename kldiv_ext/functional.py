@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from .autograd import DistillationLoss, KLDiv, Options, plain_distillation_loss,
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+LARGEST = 1e15
+"""Of a temperature, a weight, a scale; its inverse is the smallest. Products of two still fit float32."""
 MAX_DIMS = 9
 """What the kernels' RowLayout holds whatever the strides."""
 
@@ -123,8 +124,9 @@ def _kl_div_reduction(size_average: bool | None, reduce: bool | None, reduction:
         warning = f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead."
     elif reduction == "mean":
         warning = (
-            "reduction: 'mean' divides the total loss by both the batch size and the support size. "
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release."
         )
     elif reduction == "elementwise_mean":
         reduction = "mean"
@@ -230,9 +232,9 @@ def distillation_loss(
             ``inplace_backward`` with ``create_graph``.
 
     Infinities: a column where both logits are -inf contributes 0. Where only one probability is 0, forward KL
-    (q = 0), reverse KL (p = 0) and Jeffreys (either) are +inf; forward KL's gradient is then still q - p, the
-    others' are NaN in that row. A row that holds NaN or +inf, or nothing but -inf, is NaN; other rows never are. All of
-    this is meant after the softcap, which makes infinite logits finite.
+    (q = 0), reverse KL (p = 0) and Jeffreys (either) are +inf; a gradient that then is infinite is NaN throughout that
+    row, one that is not, such as forward KL's q - p, is given. A row that holds NaN or +inf, or nothing but -inf, is
+    NaN; other rows never are. All of this is meant after the softcap, which makes infinite logits finite.
 
     Equivalent to (for ``forward_kl``, ``mean``, where every position counts)::
 
@@ -421,8 +423,9 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, valid_vocab: i
             raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
         if logits.dtype not in FLOATING:
             raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {logits.dtype}")
-        if logits.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
+        if logits.layout != torch.strided or logits.is_nested:
+            kind = "nested" if logits.is_nested else logits.layout
+            raise TypeError(f"{name} must be a dense tensor, got layout {kind}")
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
     shapes = student_logits.shape, teacher_logits.shape
@@ -474,11 +477,13 @@ def check_options(
         _check_number(name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if 0 < value < 1e-30:  # its reciprocal overflows in float32
+            raise ValueError(f"{name} must be 0 or at least 1e-30, got {value}")
     _check_positive("temperature", temperature)
     for name, value in (("soft_weight", soft_weight), ("hard_weight", hard_weight)):
         _check_number(name, value)
-        if not -math.inf < value < math.inf:  # math.isfinite is not traced by the compiler
-            raise ValueError(f"{name} must be finite, got {value}")
+        if not -LARGEST <= value <= LARGEST:
+            raise ValueError(f"{name} must be finite and at most {LARGEST} in size, got {value}")
     for name, option in (("logit_softcap", logit_softcap), ("logit_scale", logit_scale)):
         pair = option if isinstance(option, (tuple, list)) else (option, option)
         if len(pair) != 2:
@@ -495,9 +500,11 @@ def check_options(
     for name, integer in (("ignore_index", ignore_index), ("valid_vocab", 1 if valid_vocab is None else valid_vocab)):
         if isinstance(integer, bool) or not isinstance(integer, int):
             raise TypeError(f"{name} must be an int, got {integer!r}")
+        if not -(2**63) <= integer < 2**63:
+            raise ValueError(f"{name} must be a 64-bit integer, got {integer}")
     if valid_vocab is not None and valid_vocab < 1:
         raise ValueError(f"valid_vocab must be positive, got {valid_vocab}")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
@@ -508,8 +515,8 @@ def _check_number(name: str, value: float) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     _check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 1 / LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be positive and finite, from {1 / LARGEST} to {LARGEST}, got {value}")
 
 
 def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -543,13 +550,15 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the stretches of memory from first to last element meet."""
+    """Whether the stretches of memory from first to last element meet; not where there is no memory."""
+    if torch._C._len_torch_dispatch_stack() > 0 or "meta" in (a.device.type, b.device.type):
+        return False
 
     def last(tensor: Tensor) -> int:
         steps = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
         return tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
-    return a.numel() > 0 and a.data_ptr() < last(b) and b.data_ptr() < last(a)
+    return a.numel() > 0 and a.data_ptr() != 0 and a.data_ptr() < last(b) and b.data_ptr() < last(a)
 
 
 def _check_label_range(labels: Tensor, row_scale: Tensor | None, columns: int) -> None:
@@ -582,8 +591,8 @@ def _check_num_items(num_items: int | Tensor, reduction: str, student_logits: Te
         _check_device("num_items", num_items, student_logits)
     elif isinstance(num_items, bool) or not isinstance(num_items, int):
         raise TypeError(f"num_items must be an int or a 0-d tensor, got {num_items!r}")
-    elif num_items < 0:
-        raise ValueError(f"num_items must not be negative, got {num_items}")
+    elif not 0 <= num_items < 2**63:
+        raise ValueError(f"num_items must not be negative, nor beyond 64 bits, got {num_items}")
 
 
 def _check_per_position(name: str, tensor: Tensor, student_logits: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

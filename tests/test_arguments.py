@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,7 @@ def of_share(argument: str) -> dict[str, Wrong]:
         f"{argument} -0.1": Wrong(ValueError, f"{argument}.*-0.1", {argument: -0.1}),
         f"{argument} 1.5": Wrong(ValueError, f"{argument}.*1.5", {argument: 1.5}),
         f"{argument} nan": Wrong(ValueError, f"{argument}.*nan", {argument: math.nan}),
+        f"{argument} 1e-31": Wrong(ValueError, f"{argument}.*1e-31", {argument: 1e-31}),
         f"{argument} str": Wrong(TypeError, f"{argument}.*'0.5'", {argument: "0.5"}),
         f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: True}),
         f"{argument} Tensor": Wrong(TypeError, f"{argument}.*tensor", {argument: torch.tensor(0.5)}),
@@ -76,6 +78,7 @@ def of_weight(argument: str) -> dict[str, Wrong]:
     return {
         f"{argument} inf": Wrong(ValueError, f"{argument}.*inf", {argument: math.inf}),
         f"{argument} nan": Wrong(ValueError, f"{argument}.*nan", {argument: math.nan}),
+        f"{argument} huge": Wrong(ValueError, f"{argument}.*1000", {argument: 10**400}),
         f"{argument} str": Wrong(TypeError, f"{argument}.*'1'", {argument: "1"}),
         f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: True}),
         f"{argument} None": Wrong(TypeError, f"{argument}.*None", {argument: None}),
@@ -88,6 +91,8 @@ def of_sides(argument: str) -> dict[str, Wrong]:
         f"{argument} 0": Wrong(ValueError, f"{argument}.*0", {argument: 0}),
         f"{argument} -1": Wrong(ValueError, f"{argument}.*-1", {argument: -1.0}),
         f"{argument} inf": Wrong(ValueError, f"{argument}.*inf", {argument: math.inf}),
+        f"{argument} 1e39": Wrong(ValueError, rf"{argument}.*1e\+39", {argument: 1e39}),
+        f"{argument} 1e-39": Wrong(ValueError, f"{argument}.*1e-39", {argument: (None, 1e-39)}),
         f"{argument} str": Wrong(TypeError, f"{argument}.*'30'", {argument: "30"}),
         f"{argument} bool": Wrong(TypeError, f"{argument}.*True", {argument: (True, None)}),
         f"{argument} three": Wrong(ValueError, rf"{argument}.*pair.*\(1, 2, 3\)", {argument: (1, 2, 3)}),
@@ -108,6 +113,7 @@ TENSORS = {
     "num_items bool": Wrong(TypeError, "num_items.*True", {"num_items": True}),
     "num_items str": Wrong(TypeError, "num_items.*'2'", {"num_items": "2"}),
     "num_items negative": Wrong(ValueError, "num_items.*-1", {"num_items": -1}),
+    "num_items 2^70": Wrong(ValueError, f"num_items.*{2**70}", {"num_items": 2**70}),
     "num_items 1-d": Wrong(ValueError, r"num_items.*\(1,\)", {"num_items": torch.tensor([2])}),
     "num_items bool tensor": Wrong(ValueError, "num_items.*bool", {"num_items": torch.tensor(True)}),
     "num_items complex": Wrong(ValueError, "num_items.*complex", {"num_items": torch.tensor(2j)}),
@@ -127,6 +133,11 @@ OPTIONS = {
     **of_share("alpha"),
     "temperature 0": Wrong(ValueError, "temperature.*0", {"temperature": 0}),
     "temperature -1": Wrong(ValueError, "temperature.*-1", {"temperature": -1.0}),
+    "temperature 1e-40": Wrong(ValueError, "temperature.*1e-40", {"temperature": 1e-40}),
+    "temperature huge": Wrong(ValueError, "temperature.*1000", {"temperature": 10**400}),
+    "ignore_index 2^70": Wrong(ValueError, f"ignore_index.*{2**70}", {"ignore_index": 2**70}),
+    "valid_vocab 2^70": Wrong(ValueError, f"valid_vocab.*{2**70}", {"valid_vocab": 2**70}),
+    "reduction array": Wrong(ValueError, "reduction.*mean", {"reduction": np.array(["mean", "sum"])}),
     "temperature inf": Wrong(ValueError, "temperature.*inf", {"temperature": math.inf}),
     "temperature nan": Wrong(ValueError, "temperature.*nan", {"temperature": math.nan}),
     "temperature str": Wrong(TypeError, "temperature.*'1'", {"temperature": "1"}),

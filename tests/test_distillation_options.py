@@ -24,6 +24,7 @@ from oracle import (
     run,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kldiv_ext import distillation_loss, reference
 
@@ -204,6 +205,40 @@ def test_without_any_weight_nothing_is_read(device: str, reduction: str) -> None
         run(loss, student, teacher, reference.distillation_loss),
     ):
         assert all(x is not None and not x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_infinite_factors_without_labels(device: str, bad: float) -> None:
+    """0 times infinity is not a weight of the cross entropy: there are no labels to read."""
+    student, teacher = make_pair(3, COLUMNS, device=device)
+    first = torch.tensor([bad, 1, 1], device=device)
+    for reduction in ("none", "sum"):
+        by_weight = run(distillation_loss, student, teacher, weight=first, reduction=reduction)
+        assert not by_weight.loss.isfinite().all()
+        assert by_weight.grad_student is not None and by_weight.grad_student[1:].isfinite().all()
+    late = run(distillation_loss, student, teacher, reduction="none", grad_output=first)
+    assert late.loss.isfinite().all() and late.grad_student is not None
+    assert not late.grad_student[0].isfinite().any() and late.grad_student[1:].isfinite().all()
+    assert not run(distillation_loss, student, teacher, num_items=torch.tensor(bad, device=device)).loss.isinf()
+    half = run(distillation_loss, student.half(), teacher.half(), grad_output=bad)  # made in backward too
+    assert half.grad_student is not None and not half.grad_student.isfinite().any()
+
+
+def test_root_of_a_loss(device: str) -> None:
+    """A Jensen-Shannon distance is one; of equal rows its slope is infinite."""
+    student, teacher = make_pair(2, COLUMNS, device=device)
+    student[0] = teacher[0]
+    leaf = student.clone().requires_grad_()
+    distillation_loss(leaf, teacher, divergence="jsd", reduction="none").sqrt().sum().backward()
+    assert leaf.grad is not None and leaf.grad[1].isfinite().all() and not leaf.grad[0].isfinite().any()
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_in_place_without_memory(mode: str) -> None:
+    """Nothing is shared where there is nothing."""
+    with FakeTensorMode() if mode == "fake" else torch.device("meta"):
+        student, teacher = torch.randn(2, 3, requires_grad=True) * 1, torch.randn(2, 3)
+        distillation_loss(student, teacher, inplace_backward=True).backward()
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

@@ -216,6 +216,57 @@ def test_several_largest_logits(device: str) -> None:
         assert (row_errors(value, wanted) <= 1e-3).all(), f"{divergence}: {row_errors(value, wanted).max():.1e}"
 
 
+@pytest.mark.parametrize("columns", [3, 100])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_sure_of_two_tokens(device: str, divergence: Divergence, columns: int) -> None:
+    """Nearly alike, while the teacher is sure of a third: their derivatives differ by what is left of p there, beside a
+    constant that the softmax Jacobian does not see."""
+    student, teacher = make_pair(200, columns, device=device, distance=1.4)
+    margin = torch.linspace(5, 20, 200, device=device)
+    student[:, 0], student[:, 2] = margin, margin + student[:, 2]
+    teacher[:, 1] += margin
+    options = {**divergence.options, "reduction": "none"}
+    value = run(distillation_loss, student, teacher, **options).grad_student
+    wanted = run(reference.distillation_loss, student.double(), teacher.double(), **options).grad_student
+    assert value is not None and wanted is not None
+    errors = row_errors(value, wanted, floor=1e-14)  # the oracle's own
+    assert (errors <= PROMISED_GRADIENT).all() and (errors <= 1e-4).double().mean() > 0.98, f"{errors.max():.1e}"
+
+
+# What one side is moved by, and how close the two are otherwise.
+OFFSETS = [(50.0, 0.05), (-300.0, 0.05), (1e4, 4.0), (-1e4, 4.0)]
+
+
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_offset_of_one_side(device: str, divergence: Divergence, offset: tuple[float, float]) -> None:
+    """Which softmax does not see: the loss is as exact as the logits that it leaves."""
+    student, teacher = make_pair(4, 1000, distance=offset[1], device=device)
+    compare(student + offset[0], teacher, divergence, 1e-3)
+    compare(student, teacher + offset[0], divergence, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e9, 1e18, 1e30])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_one_hot_teacher(device: str, divergence: Divergence, size: float, dtype: torch.dtype) -> None:
+    """Made of one huge logit; or a student of nothing but very negative ones, which is uniform."""
+    student, teacher = make_pair(3, 50, dtype=dtype, device=device)
+    teacher[0, 7], student[1], teacher[2] = size, -size, 0.0
+    teacher[2, student[2].argmax()] = size
+    options = {**divergence.options, "reduction": "none"}
+    ours = run(distillation_loss, student, teacher, **options)
+    exact = run(reference.distillation_loss, student.double(), teacher.double(), **options)
+    finite = exact.loss < size / 10  # else infinite but for its size
+    tolerance = {"rtol": 1e-5, "atol": 0.0}
+    torch.testing.assert_close(ours.loss.double()[finite], exact.loss[finite], **tolerance)
+    torch.testing.assert_close(ours.loss.double()[~finite], exact.loss[~finite], rtol=1e-2, atol=0.0)
+    value, wanted = ours.grad_student, exact.grad_student
+    assert value is not None and wanted is not None
+    errors = row_errors(value, wanted)[finite]
+    assert (errors <= (4e-3 if dtype == torch.bfloat16 else 1e-4)).all(), f"{errors.max():.1e}"
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, *LOPSIDED], ids=str)
 def test_flat_rows_beside_sure_ones(device: str, divergence: Divergence, spread: float) -> None:

@@ -371,13 +371,11 @@ class RowWalk : RowReader<acc_t> {
   void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
     acc_t* loss = args_.row_loss ? static_cast<acc_t*>(args_.row_loss) + row : nullptr;
     auto* constants = static_cast<RowConstants<acc_t>*>(args_.row_constants) + row;
-    acc_t soft = static_cast<acc_t>(args_.soft_scale), hard = static_cast<acc_t>(args_.hard_scale);
-    if (args_.row_scale) {
-      const acc_t scale = static_cast<const acc_t*>(args_.row_scale)[row];
-      soft *= scale;
-      hard *= scale;
-    }
-    if (soft == 0 && hard == 0) {  // a position that does not count is not read
+    const acc_t scale = args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
+    const acc_t soft = args_.soft_scale == 0 ? 0 : static_cast<acc_t>(args_.soft_scale) * scale;
+    const bool labelled = args_.hard_scale != 0;  // only then are there labels, whatever the scales are
+    const acc_t hard = labelled ? static_cast<acc_t>(args_.hard_scale) * scale : 0;
+    if (scale == 0 || (args_.soft_scale == 0 && !labelled)) {  // a position that does not count is not read
       fill_zero(args_.grad_student, row, 0);
       fill_zero(args_.grad_teacher, row, 0);
       if (loss) {
@@ -394,7 +392,7 @@ class RowWalk : RowReader<acc_t> {
           row, {args_.labels != nullptr, !Divergence::kGradQSumsToZero, sides && !Divergence::kGradPSumsToZero},
           for_each_chunk);
       *constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature);
-      *loss = hard == 0 ? 0
+      *loss = !labelled ? 0
                         : hard * cross_entropy(label_logit(student_, row), constants->student_max,
                                                constants->hard_log2_sum, scaling_.hard_inverse_temperature);
     }
@@ -402,7 +400,7 @@ class RowWalk : RowReader<acc_t> {
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const Factors factors = {soft * grad * scaling_.inverse_temperature + 0 * constants->log_ratio,
-                             hard * grad * scaling_.hard_inverse_temperature};
+                             labelled ? hard * grad * scaling_.hard_inverse_temperature : 0};
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
         sums_[chunk] = !together ? pass<true, false, true>(row, chunk, *constants, factors)

@@ -55,13 +55,11 @@ class RowWalk : RowReader<Side> {
 
   KLDIV_DEVICE void operator()(int64_t row) const {
     const bool forward = args_.row_loss != nullptr;
-    acc_t soft = static_cast<acc_t>(args_.soft_scale), hard = static_cast<acc_t>(args_.hard_scale);
-    if (args_.row_scale) {
-      const acc_t scale = static_cast<const acc_t*>(args_.row_scale)[row];
-      soft *= scale;
-      hard *= scale;
-    }
-    if (soft == 0 && hard == 0) {  // a position that does not count is not read
+    const acc_t scale = args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
+    const acc_t soft = args_.soft_scale == 0 ? 0 : static_cast<acc_t>(args_.soft_scale) * scale;
+    const bool labelled = args_.hard_scale != 0;  // only then are there labels, whatever the scales are
+    acc_t hard = labelled ? static_cast<acc_t>(args_.hard_scale) * scale : 0;
+    if (scale == 0 || (args_.soft_scale == 0 && !labelled)) {  // a position that does not count is not read
       fill_zero(args_.grad_student, row, 0);
       fill_zero(args_.grad_teacher, row, 0);
       if (forward) save(row, 0, RowConstants<acc_t>());
@@ -74,7 +72,7 @@ class RowWalk : RowReader<Side> {
                                                                   divergence_, scaling_.inverse_temperature)
                                             : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
-    if (hard != 0) {
+    if (labelled) {
       const int64_t wanted = args_.labels[row];
       // A label that is no column makes the row NaN: to raise would be to wait for the device.
       const bool is_column = wanted >= 0 && wanted < args_.columns;
@@ -85,11 +83,11 @@ class RowWalk : RowReader<Side> {
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
-    const acc_t hard_factor = hard * grad * scaling_.hard_inverse_temperature;
+    const acc_t hard_factor = labelled ? hard * grad * scaling_.hard_inverse_temperature : 0;
     const Columns<acc_t, Divergence> columns{divergence_, constants, scaling_, factor, hard_factor, label};
     if (forward) {
       acc_t loss = 0;
-      if (hard != 0) {
+      if (labelled) {
         const acc_t logit = student.template load<Use::kAgain>(label, 1, 0).x[0];
         loss = hard *
                cross_entropy(logit, constants.student_max, constants.hard_log2_sum, scaling_.hard_inverse_temperature);

@@ -23,7 +23,7 @@ KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 MAX_DIMS = 8
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in the order of kldiv::Dtype
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
-CONSTANTS = 12  # RowConstants::kCount
+CONSTANTS = 14  # RowConstants::kCount
 STATS = 9  # RowStats::kCount
 
 

@@ -63,7 +63,7 @@ RowConstants<S> normalised() {
   row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = 0;
   row.log_ratio = 0;
   row.sum_grad_q = row.sum_grad_p = 0;
-  row.at_student_max = row.at_teacher_max = {0, 0};
+  row.at_student_max = row.at_teacher_max = {0, 0, 0};
   return row;
 }
 
