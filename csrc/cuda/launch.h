@@ -29,14 +29,13 @@ constexpr RowRule kRowRules[] = {
     {256, 32},         // a warp: its sums wait for nobody
     {512, 64},         // up to here a thread per group of columns: the shortest way through a short row
     {1024, 128},       //
-    {2048, 256},       //
-    {65536, 320},      // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
-    {INT64_MAX, 640},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
+    {65536, 256},      // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
+    {INT64_MAX, 512},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
 };
-// All threads of a multiprocessor share its 65536 registers. In float 640 threads leave each 96, and no kernel spills;
-// 768 would leave 80, and some would. In double each needs more than twice as many.
+// Each quarter of a multiprocessor has 16384 registers for its warps. In float 512 threads leave each 128, and no
+// kernel spills; up to 640 would leave 96, and some would. In double each needs twice as many.
 template <typename acc_t>
-constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 640 : 256;
+constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 512 : 256;
 
 template <typename acc_t>
 constexpr int row_threads(int64_t columns) {
