@@ -310,6 +310,41 @@ def test_rows_that_do_not_count_are_not_read(kernels: harness.Kernels, dtype: to
     assert_gradient(backward["grad_student"][~dead], 2 * grad_student * row_scale[~dead, None])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_infinite_factors_without_labels(kernels: harness.Kernels, bad: float) -> None:
+    """0 times infinity is not a weight of the cross entropy: there are no labels to read."""
+    student, teacher = logits(2, 77, torch.float32)
+    factors = torch.tensor([bad, 1.0])
+    forward = kernels.distillation(student, teacher, "jsd", 0.1, row_scale=factors, grad_student=True)
+    plain = kernels.distillation(student, teacher, "jsd", 0.1, grad_student=True)
+    backward = kernels.distillation_backward(factors, student, teacher, plain["row_constants"], "jsd", 0.1)
+    assert not forward["row_loss"][0].isfinite() and forward["row_loss"][1] == plain["row_loss"][1]
+    for result in (forward, backward):
+        assert not result["grad_student"][0].isfinite().any()
+        assert torch.equal(result["grad_student"][1], plain["grad_student"][1])
+
+
+@pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
+def test_sure_rows(kernels: harness.Kernels, divergence: str, parameter: float) -> None:
+    """What their gradients are summed from is found wherever the largest logits are, also where there are several;
+    and a constant on one side, far above the other, changes nothing."""
+    for columns in (40, 3001):
+        student, teacher = logits(4, columns, torch.float32)
+        student[:2, 3] += 18.0
+        teacher[1:3, columns - 2] += 18.0
+        student[3, [1, columns - 1]] = 20.0
+        teacher[3, columns // 2] = 17.0
+        for above in (0.0, 1e4):
+            losses, grad_student, grad_teacher = oracle(student + above, teacher, divergence, parameter)
+            out = kernels.distillation(
+                student + above, teacher, divergence, parameter, grad_student=True, grad_teacher=True
+            )
+            torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-5, atol=1e-9)
+            for value, exact in ((out["grad_student"], grad_student), (out["grad_teacher"], grad_teacher)):
+                errors, sizes = (value - exact).norm(dim=-1), exact.norm(dim=-1)
+                assert (errors <= 1e-3 * sizes + 1e-15).all(), f"{columns} columns, {above}: {errors} of {sizes}"
+
+
 def test_infinities_and_nan(kernels: harness.Kernels) -> None:
     inf = torch.inf
     student, teacher = logits(8, 40, torch.float32)
