@@ -338,8 +338,8 @@ def allowed_errors(
     own = [clean(x - m).abs() / temperature for x, m in zip((zt, zs), tops, strict=True)]
     difference = torch.where(top.abs() < 8, difference, sum(own))
     away = offset > 1 / 64
-    shift = lse.abs()[..., None] + 4 * (larger * away).sum(-1, keepdim=True)
     of_log = 4 + log_larger + rounding  # exp and log themselves: 4e-7, as math.h says
+    shift = lse.abs()[..., None] + (larger * away * of_log).sum(-1, keepdim=True)
     of_delta = difference + shift + rs + rt + rounding
     a = divergence.parameter
     condition = 1.0 if a in (None, 0.0, 1.0) else max(1.0, 0.25 / (a * (1 - a)))
