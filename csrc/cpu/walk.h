@@ -656,21 +656,27 @@ inline void token_stats(const TokenStatsArgs& args, const Threads& threads) {
 // ---------------------------------------------------------------- the drop-in, element by element
 
 template <bool kLogTarget, typename acc_t>
-acc_t pointwise_chunk(const PointwiseArgs& args, int64_t row, int64_t begin, int64_t n) {
+acc_t pointwise_chunk(const PointwiseArgs& args, int64_t row, int64_t first, int64_t n) {
+  constexpr int kPart = kChunk / 8;
   using KL = PointwiseKL<kLogTarget>;
   using V = Vec<acc_t>;
   alignas(64) acc_t target_buffer[kChunk], input_buffer[kChunk], grad_buffer[kChunk];
   const acc_t scale = static_cast<acc_t>(args.scale);
-  const int64_t offset = row * args.columns + begin;
+  const int64_t offset = row * args.columns + first;
   const int size = padded<acc_t>(n);
-  const acc_t* target = stage(args.target, args.target.layout.offset(row), begin, n,
+  const acc_t* target = stage(args.target, args.target.layout.offset(row), first, n,
                               kLogTarget ? -infinity<acc_t>() : acc_t(0), target_buffer);
   const acc_t* input = nullptr;
-  if (args.input.data) input = stage(args.input, args.input.layout.offset(row), begin, n, acc_t(0), input_buffer);
+  if (args.input.data) input = stage(args.input, args.input.layout.offset(row), first, n, acc_t(0), input_buffer);
 
   V sum{};
   if (args.loss) {
-    for (int i = 0; i < size; i += kLanes<acc_t>) sum += KL::term(load(input + i), load(target + i));
+    for (int begin = 0; begin < size; begin += kPart) {  // where lanes are few a long sum of them rounds often
+      V part{};
+      const int end = begin + kPart < size ? begin + kPart : size;
+      for (int i = begin; i < end; i += kLanes<acc_t>) part += KL::term(load(input + i), load(target + i));
+      sum += part;
+    }
   }
   const auto write = [&](const Output& output, const auto& value) {
     if (output.data == nullptr) return;
@@ -681,7 +687,7 @@ acc_t pointwise_chunk(const PointwiseArgs& args, int64_t row, int64_t begin, int
   };
   write(args.output, [&](int i) { return KL::term(load(input + i), load(target + i)) * scale; });
   if (args.grad_output.data) {
-    const acc_t* grad = stage(args.grad_output, args.grad_output.layout.offset(row), begin, n, acc_t(0), grad_buffer);
+    const acc_t* grad = stage(args.grad_output, args.grad_output.layout.offset(row), first, n, acc_t(0), grad_buffer);
     const auto product = [&](int i, V slope) {  // a zero slope stays 0 whatever comes in
       return slope == 0 ? V{} : load(grad + i) * scale * slope;
     };
