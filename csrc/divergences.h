@@ -249,7 +249,9 @@ struct SkewForwardKL {
   template <typename T>
   KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {                 // the same less limit * p
     const T w = x.ratio * static_cast<Scalar<T>>((1 - skew) / skew);  // m / (skew p) - 1 where p is larger
-    const T shifted = Log1p<T>(w).shortfall - w * w * Primitives<T>::reciprocal(w + 1);
+    const Log1p<T> logarithm(w);  // w / (1 + w) - log(1 + w), whose first orders cancel
+    const T fraction = w * Primitives<T>::reciprocal(w + 1);
+    const T shifted = w < 1 ? logarithm.shortfall - w * fraction : fraction - logarithm.value;
     const T difference = grad_p(x) - x.teacher() * static_cast<Scalar<T>>(limit);
     return x.teacher_is_larger() ? x.larger * shifted : difference;
   }

@@ -33,20 +33,20 @@ struct LogSumExp {
 template <typename acc_t>
 struct Difference {
   acc_t teacher_offset, student_offset, after;
+  acc_t of_equal;  // before `after`; finite, because it also stands for -inf less -inf
 
   KLDIV_HD Difference(acc_t teacher_max, acc_t student_max) {
-    const bool close = absolute(teacher_max - student_max) < 8;
+    const bool close = absolute(teacher_max - student_max) < 1;
     teacher_offset = close ? 0 : teacher_max;
     student_offset = close ? 0 : student_max;
     after = close ? teacher_max - student_max : 0;
+    of_equal = minimum(maximum(student_offset - teacher_offset, acc_t(-1e37)), acc_t(1e37));
   }
 
   template <typename T>
   KLDIV_HD T operator()(T teacher, T student) const {
-    // Equal logits differ by 0, also where both are -inf.
-    const T difference = teacher == student ? splat<T>(student_offset - teacher_offset)
-                                            : (teacher - teacher_offset) - (student - student_offset);
-    return difference - after;
+    const T difference = (teacher - teacher_offset) - (student - student_offset);
+    return (teacher == student ? splat<T>(of_equal) : difference) - after;
   }
 };
 
@@ -161,7 +161,7 @@ struct RowConstants {
         student_max(state.student.max),
         student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
         hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
-        log_ratio(log_of_ratio(state) + 0 * (state.teacher.max - state.student.max)),
+        log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max),
         sum_grad_q(0),
         sum_grad_p(0),
         at_student_max{},
@@ -215,7 +215,7 @@ struct RowConstants {
     }
   }
 
-  // An infinite divergence has no gradient: NaN in this row, and only here.
+  // An infinite derivative has no gradient: NaN in this row, and only here.
   KLDIV_HD void set_sums(const RowSums<acc_t>& sums) {
     sum_grad_q = sums.grad_q + 0 * sums.grad_q;
     sum_grad_p = sums.grad_p + 0 * sums.grad_p;

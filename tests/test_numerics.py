@@ -3,6 +3,7 @@ said so, on every instruction set."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -216,6 +217,27 @@ def test_several_largest_logits(device: str) -> None:
         assert (row_errors(value, wanted) <= 1e-3).all(), f"{divergence}: {row_errors(value, wanted).max():.1e}"
 
 
+@pytest.mark.parametrize("skew", [1e-4, 1e-6, 1e-8, 1e-12, 1e-20, 1e-30])
+@pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
+def test_tiny_skew(device: str, name: str, skew: float) -> None:
+    """Where the one side has about `skew` of what the other has: the mixture is of both."""
+    student, teacher = make_pair(100, 5, device=device, distance=1.4)
+    depth = math.log(skew) + torch.linspace(-3, 3, 100, device=device)
+    (student if name == "skew_forward_kl" else teacher)[:, 0] = depth
+    options = {"divergence": name, "skew": skew, "reduction": "none"}
+    ours = run(distillation_loss, student, teacher, **options)
+    exact = run(reference.distillation_loss, student.double(), teacher.double(), **options)
+    for value, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert value is not None and wanted is not None
+        assert (row_errors(value, wanted) <= 1e-4).all(), f"{row_errors(value, wanted).max():.1e}"
+
+
+def test_maxima_further_apart_than_float32_reaches(device: str) -> None:
+    for student, teacher in (([2e38], [-2e38]), ([-3e38, -3e38], [3e38, 3e38])):
+        result = run(distillation_loss, torch.tensor([student], device=device), torch.tensor([teacher], device=device))
+        assert all(x is not None and not x.any() for x in result)
+
+
 @pytest.mark.parametrize("columns", [3, 100])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_sure_of_two_tokens(device: str, divergence: Divergence, columns: int) -> None:
@@ -234,7 +256,7 @@ def test_sure_of_two_tokens(device: str, divergence: Divergence, columns: int) -
 
 
 # What one side is moved by, and how close the two are otherwise.
-OFFSETS = [(50.0, 0.05), (-300.0, 0.05), (1e4, 4.0), (-1e4, 4.0)]
+OFFSETS = [(7.9, 0.05), (50.0, 0.05), (-300.0, 0.05), (1e4, 4.0), (-1e4, 4.0)]
 
 
 @pytest.mark.parametrize("offset", OFFSETS, ids=str)
@@ -310,6 +332,9 @@ def test_parameters_near_their_ends(device: str, name: str) -> None:
         student, teacher = make_pair(4, 5000, distance=distance, device=device)
         for parameter in (0.001, 0.01, 0.99, 0.999):
             compare(student, teacher, Divergence(name, parameter), PROMISED_GRADIENT)
+        if name.startswith("skew"):  # continuous at 0
+            for parameter in (1e-5, 1e-8, 1e-12, 1e-20, 1e-30):
+                compare(student, teacher, Divergence(name, parameter), PROMISED_GRADIENT)
         student[:, 3] = teacher[:, 4] = -torch.inf
         for parameter in (1e-12, 1e-7, 1e-4, 1 - 1e-4, 1 - 1e-7, 1 - 1e-12):
             result = run(distillation_loss, student, teacher, **Divergence(name, parameter).options)
