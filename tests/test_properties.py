@@ -343,8 +343,8 @@ def allowed_errors(
     of_delta = difference + shift + rs + rt + rounding
     a = divergence.parameter
     condition = 1.0 if a in (None, 0.0, 1.0) else max(1.0, 0.25 / (a * (1 - a)))
-    noise = eps64 * condition * (1 + clean(zs).abs().amax(-1, True) / temperature) * 8
-    noise = noise + eps64 * condition * clean(zt).abs().amax(-1, True) / temperature * 8
+    largest = clean(zs).abs().amax(-1, True) + clean(zt).abs().amax(-1, True)
+    noise = 16 * eps64 * condition * (1 + largest / temperature)  # the oracle's own
 
     def of_gradient(g: Tensor, share: Tensor, slope: Tensor, flat: float, decay: Tensor, plain: bool) -> Tensor:
         g = clean(g)
