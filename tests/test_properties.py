@@ -336,7 +336,9 @@ def allowed_errors(
     difference = torch.where(offset == 0, 0, offset + rounded_first * (difference + top.abs() / temperature))
     # Where the maxima are far apart both logits are first taken off their own.
     own = [clean(x - m).abs() / temperature for x, m in zip((zt, zs), tops, strict=True)]
-    difference = torch.where(top.abs() < 1, difference, sum(own))
+    far = sum(own)
+    near_one = (top.abs() - 1).abs() < 0.01  # either, by how the maxima's own difference is rounded
+    difference = torch.where(near_one, torch.maximum(difference, far), torch.where(top.abs() < 1, difference, far))
     away = offset > 1 / 64
     of_log = 4 + log_larger + rounding  # exp and log themselves: 4e-7, as math.h says
     shift = lse.abs()[..., None] + (larger * away * of_log).sum(-1, keepdim=True)
