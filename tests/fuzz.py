@@ -62,7 +62,7 @@ def fuzz(seconds: float, first_seed: int, only: str) -> tuple[Counter[str], list
             try:
                 hypothesis.seed(seed)(function)()
             except Exception as error:
-                text = "".join(traceback.format_exception_only(error))
+                text = "".join(traceback.format_exception_only(error)).split("Explanation:")[0]  # paths of this machine
                 failures.append((name, seed, text))
                 del waiting[name]
                 print(f"FAILED {name}, seed {seed}\n{text}", flush=True)
