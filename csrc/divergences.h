@@ -324,8 +324,8 @@ struct Alpha {
       const T share = x.by_larger(rest, alpha), nearest = minimum(share, x.by_larger(alpha, rest));
       const auto near_smaller = share > static_cast<Scalar<T>>(0.5);
       const auto close = x.gap < 1;
-      // e^{-nearest gap}: r / larger or, near the smaller one, smaller / r; that is divided by, and far
-      // before this limit ratio is 0.
+      // e^{-nearest gap}: r / larger or, near the smaller one, smaller / r. That is divided by; far before this limit
+      // ratio is 0.
       const T limit = near_smaller ? splat<T>(FormatOf<T>::kSmallestExponent / -2) : infinity<T>();
       const Decay<T> step(minimum(nearest * x.gap, limit));
       const T remainder = close ? step.expm1 - x.expm1 : step.ratio - x.ratio;

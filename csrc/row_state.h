@@ -167,6 +167,8 @@ struct RowConstants {
         at_student_max{},
         at_teacher_max{} {}
 
+  // With the references. 1 / ratio is finite: a row's largest probability is at least 1 / V. A slope is infinite only
+  // where the divergence is.
   template <typename Divergence>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature)
       : RowConstants(state) {
