@@ -120,6 +120,15 @@ struct Exchanged {
   }
 };
 
+template <typename Divergence>
+KLDIV_HD Exchanged<Divergence> exchanged(const Divergence& divergence) {
+  return {divergence};
+}
+template <typename Divergence>
+KLDIV_HD Divergence exchanged(const Exchanged<Divergence>& divergence) {
+  return divergence.divergence;
+}
+
 using ReverseKL = Exchanged<ForwardKL>;
 
 // KL(p || q) + KL(q || p) = sum (p - q)(log p - log q).

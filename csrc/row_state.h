@@ -125,10 +125,20 @@ struct RowSums {
   }
 };
 
-// The column where one side is largest: its log p - log q, and the derivative of the divergence there per unit of this
-// side's probability, `slope`. Every column's derivative is taken less slope times its probability. The softmax
-// Jacobian does not see that; but where a row is sure of its choice, what is left is all of the gradient, and would be
-// rounded away beside what is taken off.
+// A derivative of its side, the student's, in the form asked for, if there are two.
+template <bool kShifted, typename T, typename Divergence>
+KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x) {
+  if constexpr (kShifted && requires { divergence.grad_q_shifted(x); }) {
+    return divergence.grad_q_shifted(x);
+  } else {
+    return divergence.grad_q(x);
+  }
+}
+
+// The column where one side is largest: how far the other one's log-probability is above this one's, and the derivative
+// of the divergence there per unit of this side's probability, `slope`. Every column's derivative is taken less slope
+// times its probability. The softmax Jacobian does not see that; but where a row is sure of its choice, what is left is
+// all of the gradient, and would be rounded away beside what is taken off.
 template <typename acc_t>
 struct Reference {
   static constexpr acc_t kFar = 2.5;  // log 12
@@ -136,10 +146,34 @@ struct Reference {
   acc_t shifted;  // 1 where slope is of the shifted derivative, because that is the smaller one; else 0
 
   // Where the other side is far larger, this one is not sure, and nothing is taken off: beside a slope as large as the
-  // ratio of the two it would be the small derivatives that are rounded away.
-  KLDIV_HD static Reference none() { return {nan<acc_t>(), 0, 0}; }
-  KLDIV_HD static Reference smaller_of(acc_t delta, acc_t slope, acc_t shifted_slope) {
-    return absolute(shifted_slope) < absolute(slope) ? Reference{delta, shifted_slope, 1} : Reference{delta, slope, 0};
+  // ratio of the two it would be the small derivatives that are rounded away. 1 / ratio is finite: a row's largest
+  // probability is at least 1 / V. A slope is infinite only where the divergence is.
+  template <typename Divergence>
+  KLDIV_HD static Reference at(acc_t delta, const Divergence& divergence) {
+    if (delta > kFar) return {nan<acc_t>(), 0, 0};
+    Pair<acc_t> x(delta);
+    x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
+    const acc_t plain = derivative<false>(divergence, x), shifted = derivative<true>(divergence, x);
+    return absolute(shifted) < absolute(plain) ? Reference{delta, shifted, 1} : Reference{delta, plain, 0};
+  }
+};
+
+// One side of a row, itself in the student's place.
+template <typename acc_t>
+struct SideConstants {
+  acc_t max, log2_sum;  // log2 of a probability = (logit - max) log2(e) / T - log2_sum
+  acc_t sum_grad;       // of the derivatives
+  Reference<acc_t> at_max;
+
+  // A column's derivative without the reference's share.
+  template <bool kShifted, typename T, typename Divergence>
+  KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x) const {
+    const T g = derivative<kShifted>(divergence, x);
+    if constexpr (Divergence::kGradQSumsToZero) {
+      return g;
+    } else {
+      return x.delta == at_max.delta ? T{} : g - x.student() * at_max.slope;
+    }
   }
 };
 
@@ -147,100 +181,57 @@ struct Reference {
 template <typename acc_t>
 struct RowConstants {
   static constexpr int kCount = 14;
-  acc_t teacher_max, teacher_log2_sum;  // log2 p = (t - teacher_max) log2(e) / T - teacher_log2_sum
-  acc_t student_max, student_log2_sum;
+  SideConstants<acc_t> student, teacher;
   acc_t hard_log2_sum;  // the student's at the temperature of the cross entropy
   acc_t log_ratio;      // of the two sums, what log_ratio_at() needs; NaN where the row has no distributions
-  acc_t sum_grad_q, sum_grad_p;
-  Reference<acc_t> at_student_max, at_teacher_max;
 
   RowConstants() = default;
   KLDIV_HD explicit RowConstants(const RowState<acc_t>& state)
-      : teacher_max(state.teacher.max),
-        teacher_log2_sum(log_sum(state.teacher) * static_cast<acc_t>(kLog2E)),
-        student_max(state.student.max),
-        student_log2_sum(log_sum(state.student) * static_cast<acc_t>(kLog2E)),
-        hard_log2_sum(state.hard.sum == 0 ? 0 : log_sum(state.hard) * static_cast<acc_t>(kLog2E)),
-        log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max),
-        sum_grad_q(0),
-        sum_grad_p(0),
-        at_student_max{},
-        at_teacher_max{} {}
+      : student{state.student.max, log2_sum(state.student), 0, {}},
+        teacher{state.teacher.max, log2_sum(state.teacher), 0, {}},
+        hard_log2_sum(state.hard.sum == 0 ? 0 : log2_sum(state.hard)),
+        log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
-  // With the references. 1 / ratio is finite: a row's largest probability is at least 1 / V. A slope is infinite only
-  // where the divergence is.
+  // With the references.
   template <typename Divergence>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature)
       : RowConstants(state) {
     if constexpr (!Divergence::kGradQSumsToZero) {
-      Pair<acc_t> x(log_ratio_at(state.beside_student_max, student_max, inverse_temperature));
-      x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
-      at_student_max = x.delta > Reference<acc_t>::kFar
-                           ? Reference<acc_t>::none()
-                           : Reference<acc_t>::smaller_of(x.delta, divergence.grad_q(x), shifted_q(divergence, x));
+      const acc_t delta = log_ratio_at(state.beside_student_max, student.max, inverse_temperature);
+      student.at_max = Reference<acc_t>::at(delta, divergence);
     }
     if constexpr (!Divergence::kGradPSumsToZero) {
-      Pair<acc_t> x(log_ratio_at(teacher_max, state.beside_teacher_max, inverse_temperature));
-      x.larger = x.by_larger(1, 1 / x.ratio);  // p = 1
-      at_teacher_max = x.delta < -Reference<acc_t>::kFar
-                           ? Reference<acc_t>::none()
-                           : Reference<acc_t>::smaller_of(x.delta, divergence.grad_p(x), shifted_p(divergence, x));
+      const acc_t delta = log_ratio_at(teacher.max, state.beside_teacher_max, inverse_temperature);
+      teacher.at_max = Reference<acc_t>::at(-delta, exchanged(divergence));
     }
   }
 
   // log p - log q of a column; T is acc_t or a vector of it. To the same bits for all who call it: that is how the
   // reference's column is known.
   template <typename T>
-  KLDIV_HD T log_ratio_at(T teacher, T student, acc_t inverse_temperature) const {
-    return Difference<acc_t>(teacher_max, student_max)(teacher, student) * inverse_temperature - log_ratio;
+  KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature) const {
+    return Difference<acc_t>(teacher.max, student.max)(teacher_logit, student_logit) * inverse_temperature - log_ratio;
   }
 
-  // A column's g_q and g_p without the reference's share.
+  // A column's g_q and g_p without the references' shares.
   template <typename T, typename Divergence>
   KLDIV_HD T grad_q(const Divergence& divergence, const Pair<T>& x) const {
-    if constexpr (Divergence::kGradQSumsToZero) {
-      return divergence.grad_q(x);
-    } else {
-      T g = divergence.grad_q(x);
-      if (at_student_max.shifted != 0) g = shifted_q(divergence, x);
-      return x.delta == at_student_max.delta ? T{} : g - x.student() * at_student_max.slope;
-    }
+    return student.at_max.shifted != 0 ? student.template grad<true>(divergence, x)
+                                       : student.template grad<false>(divergence, x);
   }
   template <typename T, typename Divergence>
   KLDIV_HD T grad_p(const Divergence& divergence, const Pair<T>& x) const {
-    if constexpr (Divergence::kGradPSumsToZero) {
-      return divergence.grad_p(x);
-    } else {
-      T g = divergence.grad_p(x);
-      if (at_teacher_max.shifted != 0) g = shifted_p(divergence, x);
-      return x.delta == at_teacher_max.delta ? T{} : g - x.teacher() * at_teacher_max.slope;
-    }
+    return teacher.at_max.shifted != 0 ? teacher.template grad<true>(exchanged(divergence), x.exchanged())
+                                       : teacher.template grad<false>(exchanged(divergence), x.exchanged());
   }
 
   // An infinite derivative has no gradient: NaN in this row, and only here.
   KLDIV_HD void set_sums(const RowSums<acc_t>& sums) {
-    sum_grad_q = sums.grad_q + 0 * sums.grad_q;
-    sum_grad_p = sums.grad_p + 0 * sums.grad_p;
+    student.sum_grad = sums.grad_q + 0 * sums.grad_q;
+    teacher.sum_grad = sums.grad_p + 0 * sums.grad_p;
   }
 
  private:
-  template <typename T, typename Divergence>
-  KLDIV_HD static T shifted_q(const Divergence& divergence, const Pair<T>& x) {
-    if constexpr (requires { divergence.grad_q_shifted(x); }) {
-      return divergence.grad_q_shifted(x);
-    } else {
-      return divergence.grad_q(x);
-    }
-  }
-  template <typename T, typename Divergence>
-  KLDIV_HD static T shifted_p(const Divergence& divergence, const Pair<T>& x) {
-    if constexpr (requires { divergence.grad_p_shifted(x); }) {
-      return divergence.grad_p_shifted(x);
-    } else {
-      return divergence.grad_p(x);
-    }
-  }
-
   // log(teacher.sum / student.sum), of close rows by their difference.
   KLDIV_HD static acc_t log_of_ratio(const RowState<acc_t>& state) {
     const acc_t excess = state.difference / state.student.sum;
@@ -249,8 +240,8 @@ struct RowConstants {
   }
 
   // A row without any mass (all -inf) is NaN.
-  KLDIV_HD static acc_t log_sum(const LogSumExp<acc_t>& state) {
-    return state.max == -infinity<acc_t>() ? nan<acc_t>() : log(state.sum);
+  KLDIV_HD static acc_t log2_sum(const LogSumExp<acc_t>& state) {
+    return state.max == -infinity<acc_t>() ? nan<acc_t>() : log(state.sum) * static_cast<acc_t>(kLog2E);
   }
 };
 
@@ -271,8 +262,8 @@ template <typename T>
 KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature) {
   Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
-  x.larger = exp2(x.by_larger((teacher - row.teacher_max) * per_bit - row.teacher_log2_sum,
-                              (student - row.student_max) * per_bit - row.student_log2_sum));
+  x.larger = exp2(x.by_larger((teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
+                              (student - row.student.max) * per_bit - row.student.log2_sum));
   return x;
 }
 
@@ -289,11 +280,11 @@ struct StatsSums {
   KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row,
                                Scalar<T> inverse_temperature) {
     Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
-    const T p = probability(teacher, row.teacher_max, row.teacher_log2_sum, inverse_temperature);
-    const T q = probability(student, row.student_max, row.student_log2_sum, inverse_temperature);
+    const T p = probability(teacher, row.teacher.max, row.teacher.log2_sum, inverse_temperature);
+    const T q = probability(student, row.student.max, row.student.log2_sum, inverse_temperature);
     x.larger = x.by_larger(p, q);
-    return {ForwardKL().term(x), ReverseKL().term(x), drop(p, (row.teacher_max - teacher) * inverse_temperature),
-            drop(q, (row.student_max - student) * inverse_temperature)};
+    return {ForwardKL().term(x), ReverseKL().term(x), drop(p, (row.teacher.max - teacher) * inverse_temperature),
+            drop(q, (row.student.max - student) * inverse_temperature)};
   }
 
  private:
@@ -316,18 +307,18 @@ struct RowStats {
                     acc_t student_label, acc_t teacher_label, bool agree) {
     // A position where one side is broken is NaN throughout.
     const acc_t zero = 0 * row.log_ratio;
-    const acc_t student_log_sum = natural(row.student_log2_sum) + zero;
-    const acc_t teacher_log_sum = natural(row.teacher_log2_sum) + zero;
+    const acc_t student_log_sum = natural(row.student.log2_sum) + zero;
+    const acc_t teacher_log_sum = natural(row.teacher.log2_sum) + zero;
     forward_kl = sums.forward_kl;
     reverse_kl = sums.reverse_kl;
     student_entropy = student_log_sum + sums.student_drop;
     teacher_entropy = teacher_log_sum + sums.teacher_drop;
-    student_logsumexp = row.student_max * inverse_temperature + student_log_sum;
-    teacher_logsumexp = row.teacher_max * inverse_temperature + teacher_log_sum;
+    student_logsumexp = row.student.max * inverse_temperature + student_log_sum;
+    teacher_logsumexp = row.teacher.max * inverse_temperature + teacher_log_sum;
     student_label_log_prob =
-        zero - cross_entropy(student_label, row.student_max, row.student_log2_sum, inverse_temperature);
+        zero - cross_entropy(student_label, row.student.max, row.student.log2_sum, inverse_temperature);
     teacher_label_log_prob =
-        zero - cross_entropy(teacher_label, row.teacher_max, row.teacher_log2_sum, inverse_temperature);
+        zero - cross_entropy(teacher_label, row.teacher.max, row.teacher.log2_sum, inverse_temperature);
     top1_agreement = agree && zero == 0 ? 1 : 0;
   }
 

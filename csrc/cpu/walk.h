@@ -198,13 +198,13 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
         if constexpr (Divergence::kGradQSumsToZero) {
           store(grad_student + i, grad_q * factor);
         } else {
-          store(grad_student + i, kSums ? grad_q : (grad_q - x.student() * row.sum_grad_q) * factor);
+          store(grad_student + i, kSums ? grad_q : (grad_q - x.student() * row.student.sum_grad) * factor);
         }
       }
       if constexpr (kTeacher && Divergence::kGradPSumsToZero) {
         store(grad_teacher + i, grad_p * factor);
       } else if constexpr (kTeacher) {
-        store(grad_teacher + i, kSums ? grad_p : (grad_p - x.teacher() * row.sum_grad_p) * factor);
+        store(grad_teacher + i, kSums ? grad_p : (grad_p - x.teacher() * row.teacher.sum_grad) * factor);
       }
     }
   }
@@ -213,12 +213,12 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
 
 // Phase 3 for one side, from the bare derivatives that evaluate() left: cheaper than all again.
 template <typename acc_t>
-void finish(const acc_t* bare, const acc_t* logits, int n, acc_t max, acc_t log2_sum, acc_t inverse_temperature,
-            acc_t sum, acc_t factor, acc_t* gradient, Prefetch next) {
+void finish(const acc_t* bare, const acc_t* logits, int n, const SideConstants<acc_t>& side, acc_t inverse_temperature,
+            acc_t factor, acc_t* gradient, Prefetch next) {
   for (int i = 0; i < n; i += kLanes<acc_t>) {
     next(i);
-    const Vec<acc_t> share = probability(load(logits + i), max, log2_sum, inverse_temperature);
-    store(gradient + i, (load(bare + i) - share * sum) * factor);
+    const Vec<acc_t> share = probability(load(logits + i), side.max, side.log2_sum, inverse_temperature);
+    store(gradient + i, (load(bare + i) - share * side.sum_grad) * factor);
   }
 }
 
@@ -393,7 +393,7 @@ class RowWalk : RowReader<acc_t> {
           for_each_chunk);
       *constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature);
       *loss = !labelled ? 0
-                        : hard * cross_entropy(label_logit(student_, row), constants->student_max,
+                        : hard * cross_entropy(label_logit(student_, row), constants->student.max,
                                                constants->hard_log2_sum, scaling_.hard_inverse_temperature);
     }
     const acc_t grad =
@@ -418,10 +418,8 @@ class RowWalk : RowReader<acc_t> {
                 : pass<false, true, false>(row, chunk, *constants, factors);
         return;
       }
-      finish_side(row, chunk, of_student_, constants->student_max, constants->student_log2_sum, constants->sum_grad_q,
-                  *constants, factors);
-      finish_side(row, chunk, of_teacher_, constants->teacher_max, constants->teacher_log2_sum, constants->sum_grad_p,
-                  *constants, factors);
+      finish_side(row, chunk, of_student_, constants->student, *constants, factors);
+      finish_side(row, chunk, of_teacher_, constants->teacher, *constants, factors);
     });
     fill_zero(args_.grad_student, row, args_.columns);
     fill_zero(args_.grad_teacher, row, args_.columns);
@@ -500,7 +498,7 @@ class RowWalk : RowReader<acc_t> {
                          acc_t* gradient) const {
     if (!has_label(row)) factor = nan<acc_t>();
     for (int i = 0; i < student.padded_size; i += kLanes<acc_t>) {
-      const Vec<acc_t> softmax = probability(load(student.data + i), constants.student_max, constants.hard_log2_sum,
+      const Vec<acc_t> softmax = probability(load(student.data + i), constants.student.max, constants.hard_log2_sum,
                                              scaling_.hard_inverse_temperature);
       store(gradient + i, load(gradient + i) + softmax * factor);
     }
@@ -518,7 +516,7 @@ class RowWalk : RowReader<acc_t> {
     }
   }
 
-  void finish_side(int64_t row, int64_t index, const Gradient& gradient, acc_t max, acc_t log2_sum, acc_t sum,
+  void finish_side(int64_t row, int64_t index, const Gradient& gradient, const SideConstants<acc_t>& side,
                    const RowConstants<acc_t>& constants, const Factors& factors) const {
     if (!gradient.waits) return;
     const Chunk<acc_t> logits = chunk(gradient.side, row, index);
@@ -527,7 +525,7 @@ class RowWalk : RowReader<acc_t> {
                               logits.begin, logits.size, acc_t(0), bare_buffer);
     Sink<acc_t> sink;
     acc_t* out = open<false>(sink, gradient, row, logits);
-    finish(bare, logits.data, logits.padded_size, max, log2_sum, scaling_.inverse_temperature, sum, factors.soft, out,
+    finish(bare, logits.data, logits.padded_size, side, scaling_.inverse_temperature, factors.soft, out,
            prefetch(gradient.side.logits, row + 1, logits.begin));
     if (&gradient == &of_student_ && factors.hard != 0) add_cross_entropy(logits, row, constants, factors.hard, out);
     chain(gradient.side, logits, row, out);
@@ -584,8 +582,8 @@ class StatsWalk : RowReader<acc_t> {
     for (int i = 0; i < teacher.padded_size; i += kLanes<acc_t>, column += static_cast<acc_t>(kLanes<acc_t>)) {
       const V t = load(teacher.data + i), s = load(student.data + i);
       sums = sums + StatsSums<V>::of(t, s, constants, scaling_.inverse_temperature);
-      teacher_top = minimum(teacher_top, t == constants.teacher_max ? column : infinity<V>());
-      student_top = minimum(student_top, s == constants.student_max ? column : infinity<V>());
+      teacher_top = minimum(teacher_top, t == constants.teacher.max ? column : infinity<V>());
+      student_top = minimum(student_top, s == constants.student.max ? column : infinity<V>());
     }
     const auto first = [&](V top) { return static_cast<double>(teacher.begin - max_lanes(-top)); };
     return {{sum_lanes(sums.forward_kl), sum_lanes(sums.reverse_kl), sum_lanes(sums.teacher_drop),

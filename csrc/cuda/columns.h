@@ -104,7 +104,7 @@ struct Columns {
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const acc_t softmax =
-          probability(student.x[i], row.student_max, row.hard_log2_sum, scaling.hard_inverse_temperature);
+          probability(student.x[i], row.student.max, row.hard_log2_sum, scaling.hard_inverse_temperature);
       gradient.x[i] += (softmax - (first + i == label ? 1 : 0)) * hard_factor;
     }
   }
@@ -112,12 +112,12 @@ struct Columns {
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradQSumsToZero>(
-        teacher, student, row.sum_grad_q, [&](const auto& x) { return row.grad_q(divergence, x); },
+        teacher, student, row.student.sum_grad, [&](const auto& x) { return row.grad_q(divergence, x); },
         [](const auto& x) { return x.student(); });
   }
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradPSumsToZero>(
-        teacher, student, row.sum_grad_p, [&](const auto& x) { return row.grad_p(divergence, x); },
+        teacher, student, row.teacher.sum_grad, [&](const auto& x) { return row.grad_p(divergence, x); },
         [](const auto& x) { return x.teacher(); });
   }
 

@@ -90,7 +90,7 @@ class RowWalk : RowReader<Side> {
       if (labelled) {
         const acc_t logit = student.template load<Use::kAgain>(label, 1, 0).x[0];
         loss = hard *
-               cross_entropy(logit, constants.student_max, constants.hard_log2_sum, scaling_.hard_inverse_temperature);
+               cross_entropy(logit, constants.student.max, constants.hard_log2_sum, scaling_.hard_inverse_temperature);
       }
       const RowSums<acc_t> total =
           together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
@@ -230,8 +230,8 @@ class StatsWalk : RowReader<Side> {
     for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
       if (i >= n) continue;
       part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature);
-      if (teacher.x[i] == constants.teacher_max) part.teacher_top = first + i;
-      if (student.x[i] == constants.student_max) part.student_top = first + i;
+      if (teacher.x[i] == constants.teacher.max) part.teacher_top = first + i;
+      if (student.x[i] == constants.student.max) part.student_top = first + i;
     }
     return part;
   }

@@ -59,12 +59,7 @@ Pair<T> column(const Array<T>& teacher, const Array<T>& student, int64_t i, cons
 // The row whose logits are its log-probabilities.
 template <typename S>
 RowConstants<S> normalised() {
-  RowConstants<S> row;
-  row.teacher_max = row.teacher_log2_sum = row.student_max = row.student_log2_sum = row.hard_log2_sum = 0;
-  row.log_ratio = 0;
-  row.sum_grad_q = row.sum_grad_p = 0;
-  row.at_student_max = row.at_teacher_max = {0, 0, 0};
-  return row;
+  return RowConstants<S>{};
 }
 
 template <typename T>
@@ -129,7 +124,7 @@ template <typename S>
     state.student = {student.first, student.second};
     state.difference = teacher.second - student.second;
     const RowConstants<S> row(state);
-    return py::make_tuple(row.teacher_max, row.teacher_log2_sum, row.student_max, row.student_log2_sum, row.log_ratio);
+    return py::make_tuple(row.teacher.max, row.teacher.log2_sum, row.student.max, row.student.log2_sum, row.log_ratio);
   });
 }
 
