@@ -48,6 +48,10 @@ struct LogitsGradient {
   int64_t columns = 0;  // of a whole row: what lies beyond DistillationArgs::columns becomes 0
 };
 
+struct Sides {
+  bool student = true, teacher = true;
+};
+
 // What is read: two sides' logits, row by row. acc_t below is float, or double where either side is double.
 struct LogitsArgs {
   Matrix student, teacher;
@@ -64,6 +68,7 @@ struct LogitsArgs {
 
 struct DistillationArgs : LogitsArgs {
   LogitsGradient grad_student, grad_teacher;
+  Sides wanted;                 // whose gradient is made by this call or, from row_constants, by a later backward
   std::string_view divergence;  // empty for none
   double parameter = 0;
   double soft_scale = 1;              // multiplies every row's divergence

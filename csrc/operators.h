@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
     Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_scale, double soft_scale,
     double hard_scale, std::string reduction, std::string divergence, double parameter, double temperature,
     std::vector<double> scales, std::vector<double> softcaps, std::optional<int64_t> valid_vocab, bool grad_student,
-    bool grad_teacher) {
+    bool grad_teacher, bool early) {
   DistillationArgs args =
       distillation_args("distillation_loss", student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
                         divergence, parameter, temperature, scales, softcaps, valid_vocab);
@@ -183,13 +183,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   Tensor row_loss = torch::stable::new_empty(student, {args.rows}, acc);
   Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
   Tensor loss = reduce ? torch::stable::new_empty(student, {}, acc) : row_loss;
-  Tensor student_gradient = new_gradient<Device>(student, grad_student);
-  Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
+  args.wanted = {grad_student, grad_teacher};
+  Tensor student_gradient = new_gradient<Device>(student, early && grad_student);
+  Tensor teacher_gradient = new_gradient<Device>(teacher, early && grad_teacher);
   args.row_loss = row_loss.mutable_data_ptr();
   args.row_constants = row_constants.mutable_data_ptr();
   if (reduce) args.loss = loss.mutable_data_ptr();
-  if (grad_student) args.grad_student = logits_gradient(student_gradient);
-  if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
+  if (early && grad_student) args.grad_student = logits_gradient(student_gradient);
+  if (early && grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return {loss, row_constants, student_gradient, teacher_gradient};
 }

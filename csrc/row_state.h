@@ -125,10 +125,13 @@ struct RowSums {
   }
 };
 
-// A derivative of its side, the student's, in the form asked for, if there are two.
+template <typename Divergence, typename T>
+concept HasShifted = requires(const Divergence& divergence, const Pair<T>& x) { divergence.grad_q_shifted(x); };
+
+// The derivative of the student's side in the form asked for, if there are two.
 template <bool kShifted, typename T, typename Divergence>
 KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x) {
-  if constexpr (kShifted && requires { divergence.grad_q_shifted(x); }) {
+  if constexpr (kShifted && HasShifted<Divergence, T>) {
     return divergence.grad_q_shifted(x);
   } else {
     return divergence.grad_q(x);
@@ -165,7 +168,7 @@ struct SideConstants {
   acc_t sum_grad;       // of the derivatives
   Reference<acc_t> at_max;
 
-  // A column's derivative without the reference's share.
+  // A column's derivative without the reference's share; kShifted as at_max.shifted says.
   template <bool kShifted, typename T, typename Divergence>
   KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x) const {
     const T g = derivative<kShifted>(divergence, x);
@@ -174,6 +177,10 @@ struct SideConstants {
     } else {
       return x.delta == at_max.delta ? T{} : g - x.student() * at_max.slope;
     }
+  }
+  template <typename T, typename Divergence>
+  KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x) const {
+    return at_max.shifted != 0 ? grad<true>(divergence, x) : grad<false>(divergence, x);
   }
 };
 
@@ -192,15 +199,16 @@ struct RowConstants {
         hard_log2_sum(state.hard.sum == 0 ? 0 : log2_sum(state.hard)),
         log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
-  // With the references.
+  // With the references of the sides that are wanted.
   template <typename Divergence>
-  KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature)
+  KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature,
+                        Sides wanted)
       : RowConstants(state) {
-    if constexpr (!Divergence::kGradQSumsToZero) {
+    if (!Divergence::kGradQSumsToZero && wanted.student) {
       const acc_t delta = log_ratio_at(state.beside_student_max, student.max, inverse_temperature);
       student.at_max = Reference<acc_t>::at(delta, divergence);
     }
-    if constexpr (!Divergence::kGradPSumsToZero) {
+    if (!Divergence::kGradPSumsToZero && wanted.teacher) {
       const acc_t delta = log_ratio_at(teacher.max, state.beside_teacher_max, inverse_temperature);
       teacher.at_max = Reference<acc_t>::at(-delta, exchanged(divergence));
     }
@@ -211,18 +219,6 @@ struct RowConstants {
   template <typename T>
   KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature) const {
     return Difference<acc_t>(teacher.max, student.max)(teacher_logit, student_logit) * inverse_temperature - log_ratio;
-  }
-
-  // A column's g_q and g_p without the references' shares.
-  template <typename T, typename Divergence>
-  KLDIV_HD T grad_q(const Divergence& divergence, const Pair<T>& x) const {
-    return student.at_max.shifted != 0 ? student.template grad<true>(divergence, x)
-                                       : student.template grad<false>(divergence, x);
-  }
-  template <typename T, typename Divergence>
-  KLDIV_HD T grad_p(const Divergence& divergence, const Pair<T>& x) const {
-    return teacher.at_max.shifted != 0 ? teacher.template grad<true>(exchanged(divergence), x.exchanged())
-                                       : teacher.template grad<false>(exchanged(divergence), x.exchanged());
   }
 
   // An infinite derivative has no gradient: NaN in this row, and only here.

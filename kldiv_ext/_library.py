@@ -64,14 +64,14 @@ def _(
     reduction: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, grad_student, grad_teacher = options
+    *_, grad_student, grad_teacher, early = options
     rows = student.numel() // student.shape[-1]
     dtype = accumulation_dtype(student, teacher)
     return (
         student.new_empty([rows] if reduction == "none" else [], dtype=dtype),
         student.new_empty([rows, ROW_CONSTANTS], dtype=dtype),
-        _gradient(student, grad_student),
-        _gradient(teacher, grad_teacher),
+        _gradient(student, early and grad_student),
+        _gradient(teacher, early and grad_teacher),
     )
 
 

@@ -132,9 +132,8 @@ class DistillationLoss(torch.autograd.Function):
             and not ctx.in_place
             and all(t.dtype != torch.float16 for t, w in zip((student, teacher), wanted, strict=True) if w)
         )
-        early = [bool(w and ctx.early) for w in wanted]
         loss, row_constants, *gradients = _run(
-            ops.distillation_loss.default, student, teacher, labels, row_scale, *options, *early
+            ops.distillation_loss.default, student, teacher, labels, row_scale, *options, *wanted, ctx.early
         )
         _save(ctx, student, teacher, labels, row_scale, *(gradients if ctx.early else [row_constants]))
         return loss
@@ -258,7 +257,7 @@ def plain_kl_div_backward(
 
 
 def _plain_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
-    student, teacher, labels, row_scale, *options = args[:-2]
+    student, teacher, labels, row_scale, *options = args[:-3]
     return (plain_distillation_loss(student, teacher, labels, row_scale, Options(*options)), *outputs[1:])
 
 

@@ -299,7 +299,7 @@ LABELS = torch.zeros(2).long()
 
 def forward(a: Any, b: Any, labels: Any = LABELS, row_scale: Any = None, **changed: Any) -> Any:
     options = OPTIONS_OF_OPERATORS._replace(**changed)
-    return torch.ops.kldiv_ext.distillation_loss(a, b, labels, row_scale, *options, True, True)
+    return torch.ops.kldiv_ext.distillation_loss(a, b, labels, row_scale, *options, True, True, True)
 
 
 def backward(a: Any, b: Any, grad_output: Any, row_constants: Any) -> Any:

@@ -133,6 +133,15 @@ def test_loss_and_gradients(kernels: harness.Kernels, divergence: str, parameter
         )
         assert_gradient(alone["grad_teacher"], 0.7 * per_row.double()[:, None] * grad_teacher)
 
+        nothing = kernels.distillation(student, teacher, wanted=(False, False), **options)
+        assert torch.equal(nothing["row_loss"], forward["row_loss"])
+        sides = {"grad_student": (True, False), "grad_teacher": (False, True)}
+        for name, wanted in sides.items():
+            constants = kernels.distillation(student, teacher, wanted=wanted, **options)["row_constants"]
+            gradients = {side: side == name for side in sides}
+            backward = kernels.distillation_backward(one, student, teacher, constants, **gradients, **options)
+            assert torch.equal(backward[name], both[name])
+
 
 OPTIONS: dict[str, dict[str, object]] = {
     "hard labels": {"hard_scale": 0.7},

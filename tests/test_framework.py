@@ -85,9 +85,10 @@ def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
     for dtype, teacher_dtype in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float16)):
         student, teacher = logits(dtype=dtype, device=device), logits(dtype=teacher_dtype, device=device, seed=1)
         row_scale = scales.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        yield student, teacher, None, None, *options(), True, True
-        yield student, teacher, None, row_scale, *jsd, False, False
-        yield student, teacher[:, :11], labels, row_scale, *everything, True, True
+        yield student, teacher, None, None, *options(), True, True, True
+        yield student, teacher, None, row_scale, *jsd, False, False, True
+        yield student, teacher, None, row_scale, *jsd, False, True, False
+        yield student, teacher[:, :11], labels, row_scale, *everything, True, True, True
     yield (
         logits(2, 3, 5, device=device),
         logits(2, 3, 5, device=device, seed=1),
@@ -96,17 +97,18 @@ def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
         *options(reduction="batchmean", divergence="alpha", parameter=0.5),
         True,
         False,
+        True,
     )
     row = logits(5, device=device), logits(5, device=device, seed=1)
-    yield *row, None, None, *options(reduction="sum", divergence="reverse_kl"), False, True
-    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, None, *options(reduction="sum"), True, True
-    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), None, None, *options(), True, True
+    yield *row, None, None, *options(reduction="sum", divergence="reverse_kl"), False, True, True
+    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, None, *options(reduction="sum"), True, True, True
+    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), None, None, *options(), True, True, True
 
 
 def distillation_backward_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for student, teacher, labels, row_scale, *others, _, _ in distillation_arguments(device):
+    for student, teacher, labels, row_scale, *others, _, _, _ in distillation_arguments(device):
         loss, row_constants, *_ = torch.ops.kldiv_ext.distillation_loss(
-            student, teacher, labels, row_scale, *others, False, False
+            student, teacher, labels, row_scale, *others, True, True, False
         )
         for wanted in ((True, True), (False, True)):
             yield torch.ones_like(loss), student, teacher, row_constants, labels, row_scale, *others, *wanted
@@ -118,7 +120,7 @@ def distillation_in_place_arguments(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 def token_stats_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for student, teacher, labels, row_scale, *others, _, _ in distillation_arguments(device):
+    for student, teacher, labels, row_scale, *others, _, _, _ in distillation_arguments(device):
         yield student, teacher, labels, row_scale, *Options(*others)[5:]
 
 
@@ -484,7 +486,7 @@ OPERATOR_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] 
     ),
     "distillation_loss": (
         lambda s, t: torch.ops.kldiv_ext.distillation_loss(
-            s, t, None, None, *options(reduction="sum", divergence="jsd", parameter=0.5), False, False
+            s, t, None, None, *options(reduction="sum", divergence="jsd", parameter=0.5), False, False, False
         )[0],
         lambda s, t: reference.distillation_loss(s, t, divergence="jsd", reduction="sum"),
     ),

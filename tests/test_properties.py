@@ -337,8 +337,9 @@ def allowed_errors(
     # Where the maxima are far apart both logits are first taken off their own.
     own = [clean(x - m).abs() / temperature for x, m in zip((zt, zs), tops, strict=True)]
     far = sum(own)
-    near_one = (top.abs() - 1).abs() < 0.01  # either, by how the maxima's own difference is rounded
-    difference = torch.where(near_one, torch.maximum(difference, far), torch.where(top.abs() < 1, difference, far))
+    apart = top.abs() / ((scale[0] or 1.0) if alike else 1.0)  # a scale of both sides is the temperature's
+    near_one = (apart - 1).abs() < 0.01  # either, by how the maxima's own difference is rounded
+    difference = torch.where(near_one, torch.maximum(difference, far), torch.where(apart < 1, difference, far))
     away = offset > 1 / 64
     of_log = 4 + log_larger + rounding  # exp and log themselves: 4e-7, as math.h says
     shift = lse.abs()[..., None] + (larger * away * of_log).sum(-1, keepdim=True)

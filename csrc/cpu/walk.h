@@ -175,9 +175,38 @@ LogSumExp<acc_t> log_sum_exp(const acc_t* x, acc_t max, int n, acc_t inverse_tem
   return state;
 }
 
+// What is made of one side's derivative, known to the compiler: a branch in the loop over columns would cost more than
+// either form.
+enum class Form { kNone, kPlain, kShifted };
+
+// Calls function(the form, as std::integral_constant).
+template <typename Divergence, typename acc_t, typename Function>
+auto with_form(bool wanted, const SideConstants<acc_t>& side, const Function& function) {
+  if (!wanted) return function(std::integral_constant<Form, Form::kNone>());
+  if constexpr (HasShifted<Divergence, acc_t>) {
+    if (side.at_max.shifted != 0) return function(std::integral_constant<Form, Form::kShifted>());
+  }
+  return function(std::integral_constant<Form, Form::kPlain>());
+}
+
+// One side of a column in phases 2 and 3, itself in the student's place; see evaluate().
+template <bool kSums, bool kStore, Form form, typename acc_t, typename Divergence>
+KLDIV_HD void evaluate_side(const Divergence& divergence, const SideConstants<acc_t>& side, const Pair<Vec<acc_t>>& x,
+                            acc_t factor, Vec<acc_t>& sum, acc_t* gradient) {
+  if constexpr (form != Form::kNone) {
+    const Vec<acc_t> g = side.template grad<form == Form::kShifted>(divergence, x);
+    if constexpr (Divergence::kGradQSumsToZero) {
+      if constexpr (kStore) store(gradient, g * factor);
+    } else {
+      if constexpr (kSums) sum += g;
+      if constexpr (kStore) store(gradient, kSums ? g : (g - x.student() * side.sum_grad) * factor);
+    }
+  }
+}
+
 // Phases 2 and 3 over one chunk. kSums: the sums are taken. kStore: gradients are written, or, with kSums, while the
-// sums that some of them need are not known, those without the sums' share, for finish(). kTeacher: also its side.
-template <bool kSums, bool kStore, bool kTeacher, typename acc_t, typename Divergence>
+// sums that some of them need are not known, those without the sums' share, for finish().
+template <bool kSums, bool kStore, Form kStudent, Form kTeacher, typename acc_t, typename Divergence>
 RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>& row, const acc_t* teacher,
                         const acc_t* student, int n, acc_t inverse_temperature, acc_t factor, acc_t* grad_student,
                         acc_t* grad_teacher, Prefetch next_teacher, Prefetch next_student) {
@@ -187,26 +216,10 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
     next_teacher(i);
     next_student(i);
     const Pair<V> x = make_pair(load(teacher + i), load(student + i), row, inverse_temperature);
-    const V grad_q = row.grad_q(divergence, x), grad_p = row.grad_p(divergence, x);
-    if constexpr (kSums) {
-      sums.term += divergence.term(x);
-      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += grad_q;
-      if constexpr (kTeacher && !Divergence::kGradPSumsToZero) sums.grad_p += grad_p;
-    }
-    if constexpr (kStore) {
-      if (!kTeacher || grad_student != nullptr) {
-        if constexpr (Divergence::kGradQSumsToZero) {
-          store(grad_student + i, grad_q * factor);
-        } else {
-          store(grad_student + i, kSums ? grad_q : (grad_q - x.student() * row.student.sum_grad) * factor);
-        }
-      }
-      if constexpr (kTeacher && Divergence::kGradPSumsToZero) {
-        store(grad_teacher + i, grad_p * factor);
-      } else if constexpr (kTeacher) {
-        store(grad_teacher + i, kSums ? grad_p : (grad_p - x.teacher() * row.teacher.sum_grad) * factor);
-      }
-    }
+    if constexpr (kSums) sums.term += divergence.term(x);
+    evaluate_side<kSums, kStore, kStudent>(divergence, row.student, x, factor, sums.grad_q, grad_student + i);
+    evaluate_side<kSums, kStore, kTeacher>(exchanged(divergence), row.teacher, x.exchanged(), factor, sums.grad_p,
+                                           grad_teacher + i);
   }
   return {sum_lanes(sums.term), sum_lanes(sums.grad_q), sum_lanes(sums.grad_p)};
 }
@@ -384,14 +397,15 @@ class RowWalk : RowReader<acc_t> {
       }
       return;
     }
-    const bool teacher = of_teacher_.wanted, gradients = of_student_.wanted || teacher;
+    const bool gradients = of_student_.wanted || of_teacher_.wanted;
     const bool together = loss && gradients && of_student_.can_wait && of_teacher_.can_wait;
     if (loss) {
-      const bool sides = teacher || !together;  // the sums of both are taken
-      const RowState<acc_t> state = this->state(
-          row, {args_.labels != nullptr, !Divergence::kGradQSumsToZero, sides && !Divergence::kGradPSumsToZero},
-          for_each_chunk);
-      *constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature);
+      const RowState<acc_t> state =
+          this->state(row,
+                      {args_.labels != nullptr, !Divergence::kGradQSumsToZero && args_.wanted.student,
+                       !Divergence::kGradPSumsToZero && args_.wanted.teacher},
+                      for_each_chunk);
+      *constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted);
       *loss = !labelled ? 0
                         : hard * cross_entropy(label_logit(student_, row), constants->student.max,
                                                constants->hard_log2_sum, scaling_.hard_inverse_temperature);
@@ -403,9 +417,8 @@ class RowWalk : RowReader<acc_t> {
                              labelled ? hard * grad * scaling_.hard_inverse_temperature : 0};
     if (loss) {
       for_each_chunk(chunks_, [&](int64_t chunk) {
-        sums_[chunk] = !together ? pass<true, false, true>(row, chunk, *constants, factors)
-                       : teacher ? pass<true, true, true>(row, chunk, *constants, factors)
-                                 : pass<true, true, false>(row, chunk, *constants, factors);
+        sums_[chunk] = together ? pass<true, true>(row, chunk, *constants, factors)
+                                : pass<true, false>(row, chunk, *constants, factors);
       });
       const RowSums<acc_t> sums = fold(sums_.get(), chunks_, [](const auto& a, const auto& b) { return a + b; });
       constants->set_sums(sums);
@@ -414,8 +427,7 @@ class RowWalk : RowReader<acc_t> {
     if (!gradients) return;
     for_each_chunk(chunks_, [&](int64_t chunk) {
       if (!together) {
-        teacher ? pass<false, true, true>(row, chunk, *constants, factors)
-                : pass<false, true, false>(row, chunk, *constants, factors);
+        pass<false, true>(row, chunk, *constants, factors);
         return;
       }
       finish_side(row, chunk, of_student_, constants->student, *constants, factors);
@@ -464,17 +476,22 @@ class RowWalk : RowReader<acc_t> {
     std::unique_ptr<acc_t[]> row;
   };
 
-  template <bool kSums, bool kStore, bool kTeacher>
+  template <bool kSums, bool kStore>
   RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, const Factors& factors) const {
     const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
+    const Sides sides = kStore ? Sides{of_student_.wanted, of_teacher_.wanted} : args_.wanted;
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    if (kStore && of_student_.wanted) grad_student = open<kSums>(student_sink, of_student_, row, student);
-    if (kStore && kTeacher) grad_teacher = open<kSums>(teacher_sink, of_teacher_, row, teacher);
-    const RowSums<acc_t> sums = evaluate<kSums, kStore, kTeacher>(
-        divergence_, constants, teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
-        factors.soft, grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
-        prefetch(args_.student, row + 1, teacher.begin));
+    if (kStore && sides.student) grad_student = open<kSums>(student_sink, of_student_, row, student);
+    if (kStore && sides.teacher) grad_teacher = open<kSums>(teacher_sink, of_teacher_, row, teacher);
+    const RowSums<acc_t> sums = with_form<Divergence>(sides.student, constants.student, [&](auto of_student) {
+      return with_form<decltype(exchanged(divergence_))>(sides.teacher, constants.teacher, [&](auto of_teacher) {
+        return evaluate<kSums, kStore, of_student(), of_teacher()>(
+            divergence_, constants, teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
+            factors.soft, grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
+            prefetch(args_.student, row + 1, teacher.begin));
+      });
+    });
     if (grad_student && !(kSums && of_student_.waits)) {
       if (factors.hard != 0) add_cross_entropy(student, row, constants, factors.hard, grad_student);
       chain(student_, student, row, grad_student);

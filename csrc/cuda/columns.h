@@ -71,15 +71,15 @@ struct Columns {
   acc_t factor, hard_factor;  // multiply the gradients of the divergence and of the cross entropy
   uint32_t label;
 
-  // Phase 2; the gradients' sums where nobody knows them to be 0.
-  KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+  // Phase 2; the sums of the gradients that are wanted, where nobody knows them to be 0.
+  KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student, Sides wanted) const {
     RowSums<acc_t> sums;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sums.term += divergence.term(x);
-      if constexpr (!Divergence::kGradQSumsToZero) sums.grad_q += row.grad_q(divergence, x);
-      if constexpr (!Divergence::kGradPSumsToZero) sums.grad_p += row.grad_p(divergence, x);
+      if (!Divergence::kGradQSumsToZero && wanted.student) sums.grad_q += grad_q(x);
+      if (!Divergence::kGradPSumsToZero && wanted.teacher) sums.grad_p += grad_p(x);
     }
     return sums;
   }
@@ -112,12 +112,12 @@ struct Columns {
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradQSumsToZero>(
-        teacher, student, row.student.sum_grad, [&](const auto& x) { return row.grad_q(divergence, x); },
+        teacher, student, row.student.sum_grad, [&](const auto& x) { return grad_q(x); },
         [](const auto& x) { return x.student(); });
   }
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
     return gradient<Divergence::kGradPSumsToZero>(
-        teacher, student, row.teacher.sum_grad, [&](const auto& x) { return row.grad_p(divergence, x); },
+        teacher, student, row.teacher.sum_grad, [&](const auto& x) { return grad_p(x); },
         [](const auto& x) { return x.teacher(); });
   }
 
@@ -135,6 +135,12 @@ struct Columns {
       gradient.x[i] = g * factor;
     }
     return gradient;
+  }
+
+  // A column's derivatives without the references' shares.
+  KLDIV_DEVICE acc_t grad_q(const Pair<acc_t>& x) const { return row.student.grad(divergence, x); }
+  KLDIV_DEVICE acc_t grad_p(const Pair<acc_t>& x) const {
+    return row.teacher.grad(exchanged(divergence), x.exchanged());
   }
 
   KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {

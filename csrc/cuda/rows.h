@@ -68,9 +68,10 @@ class RowWalk : RowReader<Side> {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
-    RowConstants<acc_t> constants = forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
-                                                                  divergence_, scaling_.inverse_temperature)
-                                            : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    RowConstants<acc_t> constants = forward
+                                        ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
+                                                              divergence_, scaling_.inverse_temperature, args_.wanted)
+                                        : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (labelled) {
       const int64_t wanted = args_.labels[row];
@@ -110,8 +111,9 @@ class RowWalk : RowReader<Side> {
   // Phase 2.
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
     RowSums<acc_t> mine;
-    this->template walk<Use::kAgain>(
-        teacher, student, [&](const auto& t, const auto& s, uint32_t, int) { mine = mine + columns.sums(t, s); });
+    this->template walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
+      mine = mine + columns.sums(t, s, args_.wanted);
+    });
     return block_reduce(mine, Plus());
   }
 

@@ -33,17 +33,18 @@ void emulated_set_order(int order, uint32_t seed) {
 }
 
 const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,
-                                  const LogitsGradient* grad_teacher, int64_t rows, int64_t columns,
-                                  const char* divergence, double parameter, double temperature, double scale,
-                                  double hard_scale, double student_scale, double teacher_scale, double student_cap,
-                                  double teacher_cap, const int64_t* labels, const void* row_scale,
-                                  const void* grad_output, int64_t grad_output_stride, void* row_constants,
-                                  void* row_loss, void* loss) {
+                                  const LogitsGradient* grad_teacher, int wants_student, int wants_teacher,
+                                  int64_t rows, int64_t columns, const char* divergence, double parameter,
+                                  double temperature, double scale, double hard_scale, double student_scale,
+                                  double teacher_scale, double student_cap, double teacher_cap, const int64_t* labels,
+                                  const void* row_scale, const void* grad_output, int64_t grad_output_stride,
+                                  void* row_constants, void* row_loss, void* loss) {
   kldiv::DistillationArgs args;
   args.student = *student;
   args.teacher = *teacher;
   args.grad_student = *grad_student;
   args.grad_teacher = *grad_teacher;
+  args.wanted = {wants_student != 0, wants_teacher != 0};
   args.rows = rows;
   args.columns = columns;
   args.divergence = divergence;

@@ -229,6 +229,7 @@ class Kernels:
         logit_scale: tuple[float, float] = (1.0, 1.0),
         logit_softcap: tuple[float, float] = (0.0, 0.0),
         valid_vocab: int | None = None,
+        wanted: tuple[bool, bool] = (True, True),
     ) -> None:
         self._call(
             "emulated_distillation",
@@ -236,6 +237,7 @@ class Kernels:
             _matrix(teacher),
             _logits_gradient(out.get("grad_student")),
             _logits_gradient(out.get("grad_teacher")),
+            *(int(side) for side in wanted),
             student[..., 0].numel(),
             valid_vocab or student.shape[-1],
             divergence.encode(),
