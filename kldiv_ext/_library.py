@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from . import _C, _build_info
 
 DIVERGENCES: dict[str, str] = _C.divergences
 """Every divergence and the name of its parameter ("" for none)."""
+
+_isa = os.environ.get("KLDIV_EXT_CPU_ISA", "")
+if _isa not in ("", "avx512", "avx2", "portable"):
+    raise ValueError(f"the environment's KLDIV_EXT_CPU_ISA must be avx512, avx2 or portable, but is {_isa!r}")
 
 
 def _load_cuda() -> str:

@@ -101,6 +101,16 @@ def test_info(tmp_path: Path) -> None:
     assert info.collect()["torch"] == torch.__version__
 
 
+def test_unknown_instruction_set(tmp_path: Path) -> None:
+    script = (
+        "try:\n    import kldiv_ext\nexcept ValueError as error:\n    print(error)\n"
+        "else:\n    print(kldiv_ext.distillation_loss)"
+    )
+    printed = run_python("-c", script, cwd=tmp_path, KLDIV_EXT_CPU_ISA="sse")
+    assert printed == "the environment's KLDIV_EXT_CPU_ISA must be avx512, avx2 or portable, but is 'sse'\n"
+    assert "function" in run_python("-c", script, cwd=tmp_path, KLDIV_EXT_CPU_ISA="")
+
+
 @pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
 def test_instruction_set_is_chosen_by_the_environment(tmp_path: Path, wanted: str) -> None:
     """The best that the machine has, up to the one asked for; all compute the same to rounding."""

@@ -10,7 +10,7 @@ namespace {
 const Kernels& choose() {
 #if defined(KLDIV_HAS_X86_KERNELS)
   const char* variable = std::getenv("KLDIV_EXT_CPU_ISA");
-  const std::string_view wanted = variable ? variable : "avx512";
+  const std::string_view wanted = variable && *variable ? variable : "avx512";
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

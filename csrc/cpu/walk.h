@@ -189,17 +189,17 @@ auto with_form(bool wanted, const SideConstants<acc_t>& side, const Function& fu
   return function(std::integral_constant<Form, Form::kPlain>());
 }
 
-// One side of a column in phases 2 and 3, itself in the student's place; see evaluate().
+// One side of a vector of columns, from column i on, itself in the student's place; see evaluate().
 template <bool kSums, bool kStore, Form form, typename acc_t, typename Divergence>
 KLDIV_HD void evaluate_side(const Divergence& divergence, const SideConstants<acc_t>& side, const Pair<Vec<acc_t>>& x,
-                            acc_t factor, Vec<acc_t>& sum, acc_t* gradient) {
+                            acc_t factor, int i, Vec<acc_t>& sum, acc_t* gradient) {
   if constexpr (form != Form::kNone) {
     const Vec<acc_t> g = side.template grad<form == Form::kShifted>(divergence, x);
     if constexpr (Divergence::kGradQSumsToZero) {
-      if constexpr (kStore) store(gradient, g * factor);
+      if constexpr (kStore) store(gradient + i, g * factor);
     } else {
       if constexpr (kSums) sum += g;
-      if constexpr (kStore) store(gradient, kSums ? g : (g - x.student() * side.sum_grad) * factor);
+      if constexpr (kStore) store(gradient + i, kSums ? g : (g - x.student() * side.sum_grad) * factor);
     }
   }
 }
@@ -217,9 +217,9 @@ RowSums<acc_t> evaluate(const Divergence& divergence, const RowConstants<acc_t>&
     next_student(i);
     const Pair<V> x = make_pair(load(teacher + i), load(student + i), row, inverse_temperature);
     if constexpr (kSums) sums.term += divergence.term(x);
-    evaluate_side<kSums, kStore, kStudent>(divergence, row.student, x, factor, sums.grad_q, grad_student + i);
-    evaluate_side<kSums, kStore, kTeacher>(exchanged(divergence), row.teacher, x.exchanged(), factor, sums.grad_p,
-                                           grad_teacher + i);
+    evaluate_side<kSums, kStore, kStudent>(divergence, row.student, x, factor, i, sums.grad_q, grad_student);
+    evaluate_side<kSums, kStore, kTeacher>(exchanged(divergence), row.teacher, x.exchanged(), factor, i, sums.grad_p,
+                                           grad_teacher);
   }
   return {sum_lanes(sums.term), sum_lanes(sums.grad_q), sum_lanes(sums.grad_p)};
 }
