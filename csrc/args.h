@@ -49,7 +49,7 @@ struct LogitsGradient {
 };
 
 struct Sides {
-  bool student = true, teacher = true;
+  bool student = false, teacher = false;
 };
 
 // What is read: two sides' logits, row by row. acc_t below is float, or double where either side is double.
@@ -68,7 +68,7 @@ struct LogitsArgs {
 
 struct DistillationArgs : LogitsArgs {
   LogitsGradient grad_student, grad_teacher;
-  Sides wanted;                 // whose gradient is made by this call or, from row_constants, by a later backward
+  Sides wanted;                 // whose gradient is made: by this call, or from row_constants by a later backward
   std::string_view divergence;  // empty for none
   double parameter = 0;
   double soft_scale = 1;              // multiplies every row's divergence

@@ -10,7 +10,8 @@
 // every term is non-negative by its form, exactly 0 for equal rows, and nothing overflows.
 //
 // Where g_q comes to be a constant times q as q gets far larger than p, grad_q_shifted() is what is then left of it:
-// g_q less that constant times q, which the Jacobian does not see. Likewise grad_p_shifted().
+// g_q less that constant times q, which the Jacobian does not see. Likewise grad_p_shifted(), asked for through
+// Exchanged.
 //
 // To add a divergence: a struct below, a row in KLDIV_DIVERGENCES, a formula in kldiv_ext/reference.py and a
 // line in the README's table.
@@ -111,12 +112,6 @@ struct Exchanged {
     requires requires { divergence.grad_p_shifted(x); }
   {
     return divergence.grad_p_shifted(x.exchanged());
-  }
-  template <typename T>
-  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const
-    requires requires { divergence.grad_q_shifted(x); }
-  {
-    return divergence.grad_q_shifted(x.exchanged());
   }
 };
 

@@ -219,6 +219,7 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor
   DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
                                             divergence, parameter, temperature, scales, softcaps, valid_vocab);
   set_backward(args, op, grad_output, row_constants, student);
+  args.wanted = {grad_student, grad_teacher};
   Tensor student_gradient = new_gradient<Device>(student, grad_student);
   Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
   if (grad_student) args.grad_student = logits_gradient(student_gradient);
@@ -237,6 +238,7 @@ Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor te
   DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
                                             divergence, parameter, temperature, scales, softcaps, valid_vocab);
   set_backward(args, op, grad_output, row_constants, student);
+  args.wanted = {true, grad_teacher};
   args.grad_student = logits_gradient(student);
   Tensor teacher_gradient = new_gradient<Device>(teacher, grad_teacher);
   if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);

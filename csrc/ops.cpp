@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   //   row_scale * (soft_scale * divergence of softmax(student' / T) from softmax(teacher' / T)
   //                + hard_scale * cross entropy of softmax(student') at labels)
   // loss: [] or, with reduction none, [rows]; row_constants: [rows, RowConstants::kCount], for a backward of the sides
-  // whose gradients are wanted; early: they are made here. A gradient not made is [0].
+  // whose gradients are wanted; early: those are made here already. A gradient not made is [0].
   m.def("distillation_loss(Tensor student, Tensor teacher, " KLDIV_OPTIONS
         ", bool grad_student, bool grad_teacher, bool early) "
         "-> (Tensor loss, Tensor row_constants, Tensor grad_student, Tensor grad_teacher)");

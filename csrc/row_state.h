@@ -128,14 +128,14 @@ struct RowSums {
 template <typename Divergence, typename T>
 concept HasShifted = requires(const Divergence& divergence, const Pair<T>& x) { divergence.grad_q_shifted(x); };
 
-// The derivative of the student's side in the form asked for, if there are two.
-template <bool kShifted, typename T, typename Divergence>
-KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x) {
-  if constexpr (kShifted && HasShifted<Divergence, T>) {
-    return divergence.grad_q_shifted(x);
-  } else {
-    return divergence.grad_q(x);
+// The derivative of the student's side in the form asked for, if there are two. `shifted` is a bool or, where a branch
+// would cost more than either form, a std::bool_constant.
+template <typename T, typename Divergence, typename Bool>
+KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x, Bool shifted) {
+  if constexpr (HasShifted<Divergence, T>) {
+    if (shifted) return divergence.grad_q_shifted(x);
   }
+  return divergence.grad_q(x);
 }
 
 // The column where one side is largest: how far the other one's log-probability is above this one's, and the derivative
@@ -149,14 +149,14 @@ struct Reference {
   acc_t shifted;  // 1 where slope is of the shifted derivative, because that is the smaller one; else 0
 
   // Where the other side is far larger, this one is not sure, and nothing is taken off: beside a slope as large as the
-  // ratio of the two it would be the small derivatives that are rounded away. 1 / ratio is finite: a row's largest
-  // probability is at least 1 / V. A slope is infinite only where the divergence is.
+  // ratio of the two it would be the small derivatives that are rounded away. A slope is infinite only where the
+  // divergence is.
   template <typename Divergence>
   KLDIV_HD static Reference at(acc_t delta, const Divergence& divergence) {
     if (delta > kFar) return {nan<acc_t>(), 0, 0};
     Pair<acc_t> x(delta);
     x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
-    const acc_t plain = derivative<false>(divergence, x), shifted = derivative<true>(divergence, x);
+    const acc_t plain = derivative(divergence, x, false), shifted = derivative(divergence, x, true);
     return absolute(shifted) < absolute(plain) ? Reference{delta, shifted, 1} : Reference{delta, plain, 0};
   }
 };
@@ -168,19 +168,28 @@ struct SideConstants {
   acc_t sum_grad;       // of the derivatives
   Reference<acc_t> at_max;
 
-  // A column's derivative without the reference's share; kShifted as at_max.shifted says.
-  template <bool kShifted, typename T, typename Divergence>
-  KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x) const {
-    const T g = derivative<kShifted>(divergence, x);
+  KLDIV_HD bool shifted() const { return at_max.shifted != 0; }
+
+  // A column's derivative without the reference's share; `shifted` says what shifted() does, see derivative().
+  template <typename T, typename Divergence, typename Bool>
+  KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x, Bool shifted) const {
+    const T g = derivative(divergence, x, shifted);
     if constexpr (Divergence::kGradQSumsToZero) {
       return g;
     } else {
       return x.delta == at_max.delta ? T{} : g - x.student() * at_max.slope;
     }
   }
-  template <typename T, typename Divergence>
-  KLDIV_HD T grad(const Divergence& divergence, const Pair<T>& x) const {
-    return at_max.shifted != 0 ? grad<true>(divergence, x) : grad<false>(divergence, x);
+
+  // A column's gradient but for a factor: the softmax Jacobian of the derivatives.
+  template <typename T, typename Divergence, typename Bool>
+  KLDIV_HD T gradient(const Divergence& divergence, const Pair<T>& x, Bool shifted) const {
+    const T g = grad(divergence, x, shifted);
+    if constexpr (Divergence::kGradQSumsToZero) {
+      return g;
+    } else {
+      return g - x.student() * sum_grad;
+    }
   }
 };
 
@@ -199,18 +208,19 @@ struct RowConstants {
         hard_log2_sum(state.hard.sum == 0 ? 0 : log2_sum(state.hard)),
         log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
-  // With the references of the sides that are wanted.
+  // With the references of the sides that are wanted; infinite in place of others, for whoever asks for those later.
   template <typename Divergence>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature,
                         Sides wanted)
       : RowConstants(state) {
-    if (!Divergence::kGradQSumsToZero && wanted.student) {
+    const Reference<acc_t> none = {infinity<acc_t>(), infinity<acc_t>(), 0};
+    if constexpr (!Divergence::kGradQSumsToZero) {
       const acc_t delta = log_ratio_at(state.beside_student_max, student.max, inverse_temperature);
-      student.at_max = Reference<acc_t>::at(delta, divergence);
+      student.at_max = wanted.student ? Reference<acc_t>::at(delta, divergence) : none;
     }
-    if (!Divergence::kGradPSumsToZero && wanted.teacher) {
+    if constexpr (!Divergence::kGradPSumsToZero) {
       const acc_t delta = log_ratio_at(teacher.max, state.beside_teacher_max, inverse_temperature);
-      teacher.at_max = Reference<acc_t>::at(-delta, exchanged(divergence));
+      teacher.at_max = wanted.teacher ? Reference<acc_t>::at(-delta, exchanged(divergence)) : none;
     }
   }
 

@@ -12,6 +12,7 @@ import torch
 
 import kldiv_ext
 from kldiv_ext import DistillationLoss, _library, distillation_loss
+from kldiv_ext._library import ROW_CONSTANTS
 from kldiv_ext.autograd import Options
 
 STUDENT, TEACHER = torch.randn(2, 3, 11), torch.randn(2, 3, 11)
@@ -329,8 +330,8 @@ def backward(a: Any, b: Any, grad_output: Any, row_constants: Any) -> Any:
     lambda a, b: forward(a.long(), b.long()),
     lambda a, b: forward(a[:, :0], b[:, :0]),
     lambda a, b: forward(a[0, 0], b[0, 0]),
-    lambda a, b: backward(a, b, torch.ones(3), torch.ones(2, 8)),
-    lambda a, b: backward(a, b, torch.ones(2), torch.ones(2, 7)),
+    lambda a, b: backward(a, b, torch.ones(3), torch.ones(2, ROW_CONSTANTS)),
+    lambda a, b: backward(a, b, torch.ones(2), torch.ones(2, ROW_CONSTANTS - 1)),
     lambda a, b: torch.ops.kldiv_ext.scale_(a.t(), torch.ones(())),
     lambda a, b: torch.ops.kldiv_ext.scale_(a, torch.ones(2)),
 ])  # fmt: skip
@@ -339,6 +340,19 @@ def test_operators_called_directly_do_not_read_out_of_bounds(call: Any) -> None:
     with pytest.raises(RuntimeError):
         call(torch.randn(2, 11), torch.randn(2, 11))
     still_works()
+
+
+def test_operators_called_directly_for_a_gradient_that_was_not_wanted() -> None:
+    """Nothing finite, rather than a number that lacks its sums."""
+    student, teacher = torch.randn(2, 5), torch.randn(2, 5)
+    arguments = LABELS, None, *OPTIONS_OF_OPERATORS
+    for wanted in ((True, False), (False, True)):
+        _, row_constants, *_ = torch.ops.kldiv_ext.distillation_loss(student, teacher, *arguments, *wanted, False)
+        gradients = torch.ops.kldiv_ext.distillation_loss_backward(
+            torch.ones(2), student, teacher, row_constants, *arguments, True, True
+        )
+        assert [bool(g.isfinite().all()) for g in gradients] == list(wanted)
+        assert [bool(g.isfinite().any()) for g in gradients] == list(wanted)
 
 
 def test_divergences_are_listed() -> None:

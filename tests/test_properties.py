@@ -358,8 +358,8 @@ def allowed_errors(
             per_share = g.gather(-1, at).abs() / share.gather(-1, at)
             other = (larger / share).gather(-1, at) * of_delta.gather(-1, at) + per_share * (of_log + of_delta)
             error = of_log * g.abs() + of_delta * larger + share * other
-            alike = clean(zt - zs) == clean(zt - zs).gather(-1, at)
-            error = torch.where(alike, 0, error)
+            exact = (clean(zt - zs) == clean(zt - zs).gather(-1, at)) & (rounding == 0)
+            error = torch.where(exact, 0, error)
             rest = (g - share * g.gather(-1, at) / share.gather(-1, at)).abs()
             total = (rest * (of_log + 4)).sum(-1, keepdim=True) + error.sum(-1, keepdim=True)
             error = error + share * (total + rest.sum(-1, keepdim=True) * (of_log + of_delta))
@@ -371,7 +371,7 @@ def allowed_errors(
         if divergence.name == "total_variation":  # its gradient jumps where p = q
             unclear = larger * (gap <= 4 * eps * of_delta + 4 * noise)
             error = error + unclear + share * unclear.sum(-1, keepdim=True)
-        return ((clean(error) * slope + clean(through) * flat) / temperature).norm(dim=-1)
+        return ((clean(error) * (slope + flat) + clean(through) * flat) / temperature).norm(dim=-1)
 
     name = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl", ("alpha", 0.0): "reverse_kl"}.get(
         (divergence.name, a),

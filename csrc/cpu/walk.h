@@ -184,7 +184,7 @@ template <typename Divergence, typename acc_t, typename Function>
 auto with_form(bool wanted, const SideConstants<acc_t>& side, const Function& function) {
   if (!wanted) return function(std::integral_constant<Form, Form::kNone>());
   if constexpr (HasShifted<Divergence, acc_t>) {
-    if (side.at_max.shifted != 0) return function(std::integral_constant<Form, Form::kShifted>());
+    if (side.shifted()) return function(std::integral_constant<Form, Form::kShifted>());
   }
   return function(std::integral_constant<Form, Form::kPlain>());
 }
@@ -193,14 +193,15 @@ auto with_form(bool wanted, const SideConstants<acc_t>& side, const Function& fu
 template <bool kSums, bool kStore, Form form, typename acc_t, typename Divergence>
 KLDIV_HD void evaluate_side(const Divergence& divergence, const SideConstants<acc_t>& side, const Pair<Vec<acc_t>>& x,
                             acc_t factor, int i, Vec<acc_t>& sum, acc_t* gradient) {
-  if constexpr (form != Form::kNone) {
-    const Vec<acc_t> g = side.template grad<form == Form::kShifted>(divergence, x);
-    if constexpr (Divergence::kGradQSumsToZero) {
-      if constexpr (kStore) store(gradient + i, g * factor);
-    } else {
-      if constexpr (kSums) sum += g;
-      if constexpr (kStore) store(gradient + i, kSums ? g : (g - x.student() * side.sum_grad) * factor);
-    }
+  constexpr std::bool_constant<form == Form::kShifted> shifted;
+  if constexpr (form == Form::kNone) {
+    return;
+  } else if constexpr (kSums && !Divergence::kGradQSumsToZero) {
+    const Vec<acc_t> g = side.grad(divergence, x, shifted);
+    sum += g;
+    if constexpr (kStore) store(gradient + i, g);
+  } else if constexpr (kStore) {
+    store(gradient + i, side.gradient(divergence, x, shifted) * factor);
   }
 }
 
@@ -285,18 +286,18 @@ class RowReader {
 
  protected:
   // What is asked for of phase 1 besides the sums of the divergence.
-  struct Wanted {
+  struct Extras {
     bool hard, beside_student_max, beside_teacher_max;
   };
 
   template <typename ForEachChunk>
-  RowState<acc_t> state(int64_t row, const Wanted& wanted, const ForEachChunk& for_each_chunk) const {
-    for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, wanted.hard); });
-    if (wanted.beside_student_max) {
+  RowState<acc_t> state(int64_t row, const Extras& extras, const ForEachChunk& for_each_chunk) const {
+    for_each_chunk(chunks_, [&](int64_t chunk) { states_[chunk] = state(row, chunk, extras.hard); });
+    if (extras.beside_student_max) {
       RowState<acc_t>& state = largest(&RowState<acc_t>::student);
       state.beside_student_max = beside(student_, teacher_, row, &state - states_.get(), state.student.max);
     }
-    if (wanted.beside_teacher_max) {
+    if (extras.beside_teacher_max) {
       RowState<acc_t>& state = largest(&RowState<acc_t>::teacher);
       state.beside_teacher_max = beside(teacher_, student_, row, &state - states_.get(), state.teacher.max);
     }
@@ -377,8 +378,8 @@ class RowWalk : RowReader<acc_t> {
         args_(args),
         divergence_(divergence),
         sums_(new RowSums<acc_t>[chunks_]),
-        of_student_(student_, args.grad_student, Divergence::kGradQSumsToZero, args),
-        of_teacher_(teacher_, args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
+        of_student_(student_, &RowConstants<acc_t>::student, args.grad_student, Divergence::kGradQSumsToZero, args),
+        of_teacher_(teacher_, &RowConstants<acc_t>::teacher, args.grad_teacher, Divergence::kGradPSumsToZero, args) {}
 
   template <typename ForEachChunk>
   void operator()(int64_t row, const ForEachChunk& for_each_chunk) const {
@@ -397,7 +398,7 @@ class RowWalk : RowReader<acc_t> {
       }
       return;
     }
-    const bool gradients = of_student_.wanted || of_teacher_.wanted;
+    const bool gradients = of_student_.made || of_teacher_.made;
     const bool together = loss && gradients && of_student_.can_wait && of_teacher_.can_wait;
     if (loss) {
       const RowState<acc_t> state =
@@ -430,8 +431,8 @@ class RowWalk : RowReader<acc_t> {
         pass<false, true>(row, chunk, *constants, factors);
         return;
       }
-      finish_side(row, chunk, of_student_, constants->student, *constants, factors);
-      finish_side(row, chunk, of_teacher_, constants->teacher, *constants, factors);
+      finish_side(row, chunk, of_student_, *constants, factors);
+      finish_side(row, chunk, of_teacher_, *constants, factors);
     });
     fill_zero(args_.grad_student, row, args_.columns);
     fill_zero(args_.grad_teacher, row, args_.columns);
@@ -452,12 +453,14 @@ class RowWalk : RowReader<acc_t> {
   struct Gradient {
     static constexpr int64_t kLongest = 131072;  // half a megabyte of float
 
-    Gradient(const Side<acc_t>& side, const LogitsGradient& to, bool sums_to_zero, const DistillationArgs& args)
+    Gradient(const Side<acc_t>& side, const SideConstants<acc_t> RowConstants<acc_t>::* constants,
+             const LogitsGradient& to, bool sums_to_zero, const DistillationArgs& args)
         : side(side),
+          constants(constants),
           to(to),
-          wanted(to.out.data != nullptr),
-          waits(wanted && !sums_to_zero),
-          shared(wanted && to.out.data == side.logits.data) {
+          made(to.out.data != nullptr),
+          waits(made && !sums_to_zero),
+          shared(made && to.out.data == side.logits.data) {
       if (!waits || (to.out.dtype == args.acc_dtype() && to.layout.column_stride == 1)) {
         bare = to;
       } else if (args.row_loss && args.columns <= kLongest) {
@@ -468,8 +471,9 @@ class RowWalk : RowReader<acc_t> {
     }
 
     const Side<acc_t>& side;
+    const SideConstants<acc_t> RowConstants<acc_t>::* const constants;
     const LogitsGradient& to;
-    const bool wanted, waits;
+    const bool made, waits;
     const bool shared;  // it lies over the logits
     bool can_wait;
     LogitsGradient bare;
@@ -479,13 +483,12 @@ class RowWalk : RowReader<acc_t> {
   template <bool kSums, bool kStore>
   RowSums<acc_t> pass(int64_t row, int64_t index, const RowConstants<acc_t>& constants, const Factors& factors) const {
     const Chunk<acc_t> teacher = chunk(teacher_, row, index), student = chunk(student_, row, index);
-    const Sides sides = kStore ? Sides{of_student_.wanted, of_teacher_.wanted} : args_.wanted;
     Sink<acc_t> student_sink, teacher_sink;
     acc_t *grad_student = nullptr, *grad_teacher = nullptr;
-    if (kStore && sides.student) grad_student = open<kSums>(student_sink, of_student_, row, student);
-    if (kStore && sides.teacher) grad_teacher = open<kSums>(teacher_sink, of_teacher_, row, teacher);
-    const RowSums<acc_t> sums = with_form<Divergence>(sides.student, constants.student, [&](auto of_student) {
-      return with_form<decltype(exchanged(divergence_))>(sides.teacher, constants.teacher, [&](auto of_teacher) {
+    if (kStore && args_.wanted.student) grad_student = open<kSums>(student_sink, of_student_, row, student);
+    if (kStore && args_.wanted.teacher) grad_teacher = open<kSums>(teacher_sink, of_teacher_, row, teacher);
+    const RowSums<acc_t> sums = with_form<Divergence>(args_.wanted.student, constants.student, [&](auto of_student) {
+      return with_form<decltype(exchanged(divergence_))>(args_.wanted.teacher, constants.teacher, [&](auto of_teacher) {
         return evaluate<kSums, kStore, of_student(), of_teacher()>(
             divergence_, constants, teacher.data, student.data, teacher.padded_size, scaling_.inverse_temperature,
             factors.soft, grad_student, grad_teacher, prefetch(args_.teacher, row + 1, teacher.begin),
@@ -533,8 +536,8 @@ class RowWalk : RowReader<acc_t> {
     }
   }
 
-  void finish_side(int64_t row, int64_t index, const Gradient& gradient, const SideConstants<acc_t>& side,
-                   const RowConstants<acc_t>& constants, const Factors& factors) const {
+  void finish_side(int64_t row, int64_t index, const Gradient& gradient, const RowConstants<acc_t>& constants,
+                   const Factors& factors) const {
     if (!gradient.waits) return;
     const Chunk<acc_t> logits = chunk(gradient.side, row, index);
     alignas(64) acc_t bare_buffer[kChunk];
@@ -542,8 +545,8 @@ class RowWalk : RowReader<acc_t> {
                               logits.begin, logits.size, acc_t(0), bare_buffer);
     Sink<acc_t> sink;
     acc_t* out = open<false>(sink, gradient, row, logits);
-    finish(bare, logits.data, logits.padded_size, side, scaling_.inverse_temperature, factors.soft, out,
-           prefetch(gradient.side.logits, row + 1, logits.begin));
+    finish(bare, logits.data, logits.padded_size, constants.*gradient.constants, scaling_.inverse_temperature,
+           factors.soft, out, prefetch(gradient.side.logits, row + 1, logits.begin));
     if (&gradient == &of_student_ && factors.hard != 0) add_cross_entropy(logits, row, constants, factors.hard, out);
     chain(gradient.side, logits, row, out);
     sink.commit();

@@ -22,7 +22,7 @@ KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, co
   RowState<acc_t> group;
   group.teacher.max = largest(teacher);
   group.student.max = largest(student);
-  // Seldom to a thread, once a row has begun.
+  // Seldom to a thread, once a row has begun; and so for both sides, whatever is wanted.
   if (group.teacher.max >= state.teacher.max || group.student.max >= state.student.max) {
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
@@ -78,8 +78,13 @@ struct Columns {
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(teacher, student, i);
       sums.term += divergence.term(x);
-      if (!Divergence::kGradQSumsToZero && wanted.student) sums.grad_q += grad_q(x);
-      if (!Divergence::kGradPSumsToZero && wanted.teacher) sums.grad_p += grad_p(x);
+      if constexpr (!Divergence::kGradQSumsToZero) {
+        if (wanted.student) sums.grad_q += row.student.grad(divergence, x, row.student.shifted());
+      }
+      if constexpr (!Divergence::kGradPSumsToZero) {
+        if (wanted.teacher)
+          sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), row.teacher.shifted());
+      }
     }
     return sums;
   }
@@ -111,38 +116,24 @@ struct Columns {
 
   // Phase 3.
   KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
-    return gradient<Divergence::kGradQSumsToZero>(
-        teacher, student, row.student.sum_grad, [&](const auto& x) { return grad_q(x); },
-        [](const auto& x) { return x.student(); });
-  }
-  KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
-    return gradient<Divergence::kGradPSumsToZero>(
-        teacher, student, row.teacher.sum_grad, [&](const auto& x) { return grad_p(x); },
-        [](const auto& x) { return x.teacher(); });
-  }
-
- private:
-  // The softmax Jacobian of one side: its derivative less its probability's share of the derivatives' sum.
-  template <bool kSumsToZero, typename Derivative, typename Probability>
-  KLDIV_DEVICE Group<acc_t> gradient(const Group<acc_t>& teacher, const Group<acc_t>& student, acc_t sum,
-                                     const Derivative& derivative, const Probability& probability) const {
     Group<acc_t> gradient;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i);
-      acc_t g = derivative(x);
-      if constexpr (!kSumsToZero) g = g - probability(x) * sum;
-      gradient.x[i] = g * factor;
+      gradient.x[i] = row.student.gradient(divergence, pair(teacher, student, i), row.student.shifted()) * factor;
+    }
+    return gradient;
+  }
+  KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+    Group<acc_t> gradient;
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
+      const Pair<acc_t> x = pair(teacher, student, i).exchanged();
+      gradient.x[i] = row.teacher.gradient(exchanged(divergence), x, row.teacher.shifted()) * factor;
     }
     return gradient;
   }
 
-  // A column's derivatives without the references' shares.
-  KLDIV_DEVICE acc_t grad_q(const Pair<acc_t>& x) const { return row.student.grad(divergence, x); }
-  KLDIV_DEVICE acc_t grad_p(const Pair<acc_t>& x) const {
-    return row.teacher.grad(exchanged(divergence), x.exchanged());
-  }
-
+ private:
   KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
     return make_pair(teacher.x[i], student.x[i], row, scaling.inverse_temperature);
   }

@@ -67,17 +67,17 @@ class RowWalk : RowReader<Side> {
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
-    const bool together = Divergence::kGradQSumsToZero && gradients && !args_.grad_teacher.out.data;
+    const bool together = Divergence::kGradQSumsToZero && gradients && !args_.wanted.teacher;
     RowConstants<acc_t> constants = forward
                                         ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
                                                               divergence_, scaling_.inverse_temperature, args_.wanted)
                                         : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (labelled) {
-      const int64_t wanted = args_.labels[row];
+      const int64_t given = args_.labels[row];
       // A label that is no column makes the row NaN: to raise would be to wait for the device.
-      const bool is_column = wanted >= 0 && wanted < args_.columns;
-      label = is_column ? static_cast<uint32_t>(wanted) : 0;
+      const bool is_column = given >= 0 && given < args_.columns;
+      label = is_column ? static_cast<uint32_t>(given) : 0;
       if (!is_column) hard = nan<acc_t>();
     }
     const acc_t grad =

@@ -229,8 +229,11 @@ class Kernels:
         logit_scale: tuple[float, float] = (1.0, 1.0),
         logit_softcap: tuple[float, float] = (0.0, 0.0),
         valid_vocab: int | None = None,
-        wanted: tuple[bool, bool] = (True, True),
+        wanted: tuple[bool, bool] | None = None,
     ) -> None:
+        made = "grad_student" in out, "grad_teacher" in out
+        if wanted is None:
+            wanted = made if any(made) else (True, True)
         self._call(
             "emulated_distillation",
             _matrix(student),

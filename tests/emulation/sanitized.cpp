@@ -91,11 +91,16 @@ void distil(Dtype student_dtype, Dtype teacher_dtype, int64_t columns, int64_t o
     args.divergence = divergence;
     args.row_loss = row_loss.data();
     args.loss = loss.data();
+    args.wanted = {true, false};
     args.grad_student = gradient(grad_student, student_dtype);
     args.grad_teacher = {};
     cuda::distillation(args, nullptr);
     expect(std::isfinite(number(loss, acc)), "distillation");
+    args.wanted = {true, true};
+    args.grad_student = {};
+    cuda::distillation(args, nullptr);
     args.row_loss = args.loss = nullptr;
+    args.grad_student = gradient(grad_student, student_dtype);
     args.grad_teacher = gradient(grad_teacher, teacher_dtype);
     cuda::distillation(args, nullptr);
   }

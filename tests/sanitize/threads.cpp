@@ -186,6 +186,7 @@ struct Distillation {
     args.row_constants = results.of(acc, shape.rows * RowConstants<float>::kCount);
     args.row_loss = results.of(acc, shape.rows);
     args.loss = results.of(acc, 1);
+    args.wanted = {true, way != Way::kStudent};
     if (way == Way::kLater) {
       cpu::kernels().distillation(args, threads);
       args.row_loss = args.loss = nullptr;
