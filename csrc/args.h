@@ -68,7 +68,8 @@ struct LogitsArgs {
 
 struct DistillationArgs : LogitsArgs {
   LogitsGradient grad_student, grad_teacher;
-  Sides wanted;                 // whose gradient is made: by this call, or from row_constants by a later backward
+  // Whose gradients are made: by this call, all of them, or from row_constants by a later backward.
+  Sides wanted;
   std::string_view divergence;  // empty for none
   double parameter = 0;
   double soft_scale = 1;              // multiplies every row's divergence
