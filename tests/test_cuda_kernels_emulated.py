@@ -56,6 +56,7 @@ def library(build_folder: Path) -> harness.Kernels:
 def kernels(library: harness.Kernels) -> Iterator[harness.Kernels]:
     yield library
     library.set_order("ascending")
+    library.set_device()
 
 
 def logits(rows: int, columns: int, dtype: torch.dtype, gap: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -527,23 +528,46 @@ def run(program: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+SANITIZED = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
 def test_under_sanitizers(build_folder: Path) -> None:
-    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [*harness.KERNELS, harness.HERE / "fibers.cpp", harness.HERE / "sanitized.cpp"]
-    run(harness.build(build_folder, sources, "sanitized", flags))
+    run(harness.build(build_folder, sources, "sanitized", SANITIZED))
 
 
-def test_faults_are_noticed(build_folder: Path) -> None:
-    run(harness.build(build_folder, [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"], "selftest", ["-O0"]))
+@pytest.mark.parametrize(
+    ("name", "flags"), [("selftest", ["-O0"]), ("selftest_sanitized", SANITIZED)], ids=["plain", "sanitized"]
+)
+def test_faults_are_noticed(build_folder: Path, name: str, flags: list[str]) -> None:
+    run(harness.build(build_folder, [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"], name, flags))
 
 
-@pytest.mark.parametrize("barrier", [0, 1])
-def test_every_barrier_of_a_reduction_is_needed(build_folder: Path, tmp_path: Path, barrier: int) -> None:
+def test_a_device_may_be_too_small(kernels: harness.Kernels) -> None:
+    student, teacher = logits(2, 300, torch.float32)
+    expected = kernels.distillation(student, teacher)
+    kernels.set_device(shared_bytes_per_block=8)
+    with pytest.raises(RuntimeError, match="more shared memory than a block can have"):
+        kernels.distillation(student, teacher)
+    kernels.set_device()
+    assert_same(kernels.distillation(student, teacher), expected)
+
+
+# What orders the sums of a block and of a cluster, each by a text that occurs once.
+ORDERING = [
+    ("BLOCK", "      device::barrier();\n"),
+    ("BLOCK", "    turn_ = 1 - turn_;\n"),
+    ("CLUSTER", "      device::cluster_barrier();  // no block"),
+    ("CLUSTER", "      device::cluster_barrier();\n"),
+    ("CLUSTER", "    turn_ = 1 - turn_;\n"),
+]
+
+
+@pytest.mark.parametrize(("team", "needed"), ORDERING)
+def test_what_orders_a_sum_is_needed(build_folder: Path, tmp_path: Path, team: str, needed: str) -> None:
     shutil.copytree(harness.CSRC, tmp_path / "csrc")
-    header = tmp_path / "csrc" / "cuda" / "reduce.h"
-    pieces = header.read_text().split("device::barrier();")
-    assert len(pieces) == 3
-    pieces[barrier : barrier + 2] = [pieces[barrier] + pieces[barrier + 1]]
-    header.write_text("device::barrier();".join(pieces))
+    header = tmp_path / "csrc" / "cuda" / "team.h"
+    assert header.read_text().count(needed) == 1
+    header.write_text(header.read_text().replace(needed, "// " if needed.endswith("block") else ""))
     sources = [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"]
-    run(harness.build(tmp_path, sources, "selftest", ["-O0", "-DFAULTY_REDUCTION"], [tmp_path / "csrc"]))
+    run(harness.build(tmp_path, sources, "selftest", ["-O0", f"-DFAULTY_{team}"], [tmp_path / "csrc"]))

@@ -1,9 +1,9 @@
-// What is done with a group of columns, in each of a row's three phases; rows.h says how groups are come by. A group
+// What is done with a group of columns, in each of a row's three phases; walks.h says how groups are come by. A group
 // is summed up on its own before it meets the thread's long sum: fewer roundings.
 #pragma once
 
 #include "../row_state.h"
-#include "groups.h"
+#include "sides.h"
 
 namespace kldiv::cuda {
 
@@ -48,6 +48,66 @@ KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, co
   state.difference += difference;
 }
 
+// The states of all lanes, to the first of each `width`: first the maxima, so that each rescales its sums but once.
+template <typename acc_t>
+struct MergeStates {
+  const Scaling<acc_t>& scaling;
+  bool hard;  // whether RowState::hard is in use
+
+  KLDIV_DEVICE RowState<acc_t> operator()(const RowState<acc_t>& mine, int width) const {
+    Maxima maxima(mine);
+    KLDIV_NO_UNROLL
+    for (int lanes = width / 2; lanes > 0; lanes /= 2) {
+      maxima = Maxima(maxima.state().maxima(device::shuffle_down(maxima, lanes, width).state()));
+    }
+    RowState<acc_t> merged = device::broadcast(maxima, width).state();
+    merged.add_rescaled(mine, scaling.inverse_temperature);
+    const Sums sums = Sum()(Sums{merged.teacher.sum, merged.student.sum, merged.difference}, width);
+    merged.teacher.sum = sums.teacher;
+    merged.student.sum = sums.student;
+    merged.difference = sums.difference;
+    if (hard) {
+      merged.hard = mine.hard;
+      KLDIV_NO_UNROLL
+      for (int lanes = width / 2; lanes > 0; lanes /= 2) {
+        const LogSumExp<acc_t> other = device::shuffle_down(merged.hard, lanes, width);
+        merged.hard = merged.hard.merged(other, scaling.hard_inverse_temperature);
+      }
+    }
+    return merged;
+  }
+  KLDIV_DEVICE RowState<acc_t> two(const RowState<acc_t>& a, const RowState<acc_t>& b) const {
+    return a.merged(b, scaling);
+  }
+
+ private:
+  struct Maxima {
+    acc_t teacher, student, beside_student, beside_teacher;
+
+    Maxima() = default;
+    KLDIV_DEVICE explicit Maxima(const RowState<acc_t>& state)
+        : teacher(state.teacher.max),
+          student(state.student.max),
+          beside_student(state.beside_student_max),
+          beside_teacher(state.beside_teacher_max) {}
+    KLDIV_DEVICE RowState<acc_t> state() const {
+      RowState<acc_t> state;
+      state.teacher.max = teacher;
+      state.student.max = student;
+      state.beside_student_max = beside_student;
+      state.beside_teacher_max = beside_teacher;
+      return state;
+    }
+  };
+  struct Sums {
+    acc_t teacher, student, difference;
+
+    KLDIV_DEVICE Sums operator+(const Sums& other) const {
+      return {teacher + other.teacher, student + other.student, difference + other.difference};
+    }
+  };
+};
+
 // The same for one side alone: the student's at the temperature of the cross entropy.
 template <typename acc_t>
 KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
@@ -57,8 +117,8 @@ KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Grou
   const acc_t offset = both.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   KLDIV_UNROLL
-  for (int i = 0; i < kGroup<acc_t>; ++i) both.sum += exp2((group.x[i] - offset) * per_bit);
-  both.sum += state.sum * exp2((state.max - offset) * per_bit);
+  for (int i = 0; i < kGroup<acc_t>; ++i) both.sum += exp2_floored((group.x[i] - offset) * per_bit);
+  both.sum += state.sum * exp2_floored((state.max - offset) * per_bit);
   return both;
 }
 
@@ -104,13 +164,13 @@ struct Columns {
   }
 
   // The cross entropy's part of the student's gradient: softmax less one at the label.
-  KLDIV_DEVICE void add_cross_entropy(const Group<acc_t>& student, uint32_t first, Group<acc_t>& gradient) const {
+  KLDIV_DEVICE void add_cross_entropy(const Group<acc_t>& student, const Place& place, Group<acc_t>& gradient) const {
     if (hard_factor == 0) return;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const acc_t softmax =
           probability(student.x[i], row.student.max, row.hard_log2_sum, scaling.hard_inverse_temperature);
-      gradient.x[i] += (softmax - (first + i == label ? 1 : 0)) * hard_factor;
+      gradient.x[i] += (softmax - (place.column(i) == label ? 1 : 0)) * hard_factor;
     }
   }
 

@@ -1,5 +1,5 @@
-// All that kernels take from CUDA, under names of our own: nothing else in this folder says threadIdx, __shfl or
-// __shared__. So a compiler without CUDA can build the same kernels for tests/emulation, which brings these names.
+// All that kernels take from CUDA, under names of our own: nothing else in this folder says threadIdx, __shfl,
+// __shared__ or cluster. So a compiler without CUDA can build the same kernels for tests/emulation, which brings these names.
 #pragma once
 
 #include "../platform.h"
@@ -7,6 +7,8 @@
 #if !defined(__CUDACC__)
 #include "emulated_device.h"
 #else
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #define KLDIV_DEVICE __device__ __forceinline__
 #define KLDIV_DEVICE_CALL __device__ __noinline__
@@ -14,9 +16,9 @@
 #define KLDIV_UNROLL _Pragma("unroll")
 #define KLDIV_NO_UNROLL _Pragma("unroll 1")
 
-// A kernel for blocks of at most max_threads, of which one on a multiprocessor is enough: without that "1" ptxas would
+// A kernel for blocks of at most max_threads, of which so many fit a multiprocessor: without that number ptxas would
 // sooner spill registers than have fewer blocks. Big arguments are read where they lie, not copied for each thread.
-#define KLDIV_KERNEL(max_threads) __global__ __launch_bounds__(max_threads, 1) void
+#define KLDIV_KERNEL(max_threads, blocks) __global__ __launch_bounds__(max_threads, blocks) void
 #define KLDIV_ARGUMENT const __grid_constant__
 
 // `type* name`: room for `count` values that all threads of a block see; undefined at first.
@@ -40,6 +42,45 @@ KLDIV_DEVICE int64_t blocks() { return gridDim.x; }
 // Waits for all threads of the block; what they wrote to shared memory is then seen by all.
 KLDIV_DEVICE void barrier() { __syncthreads(); }
 
+// Clusters: blocks that run at the same time and see each other's shared memory; sm_90 and up.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+KLDIV_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+KLDIV_DEVICE int cluster_blocks() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+// barrier() for all blocks of the cluster.
+KLDIV_DEVICE void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+// The same place in the shared memory of block `rank`, once that block has begun and as long as it has not ended.
+template <typename T>
+KLDIV_DEVICE T* of_peer(T* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+constexpr bool kClusters = false;
+KLDIV_DEVICE int cluster_rank() { return 0; }
+KLDIV_DEVICE int cluster_blocks() { return 1; }
+KLDIV_DEVICE void cluster_barrier() { barrier(); }
+template <typename T>
+KLDIV_DEVICE T* of_peer(T* shared, int) {
+  return shared;
+}
+#endif
+
+// As many bytes as the launch says.
+KLDIV_DEVICE unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+// 16 bytes, both addresses multiples of 16, copied while the thread goes on; to be read by this thread, and that once
+// it has awaited them.
+KLDIV_DEVICE void copy16_async(void* to_shared, const void* from_global) {
+  __pipeline_memcpy_async(to_shared, from_global, 16);
+}
+// What this thread began since it last committed is one lot.
+KLDIV_DEVICE void commit_copies() { __pipeline_commit(); }
+// Waits for all lots but the latest `but`, or for more of them.
+KLDIV_DEVICE void await_copies(int but) { __pipeline_wait_prior(but); }
+
 namespace detail {
 template <typename T, typename Shuffle>
 KLDIV_DEVICE T shuffled(const T& x, const Shuffle& shuffle) {
@@ -55,16 +96,52 @@ KLDIV_DEVICE T shuffled(const T& x, const Shuffle& shuffle) {
 }
 }  // namespace detail
 
-// The value of the thread so many lanes up in the warp, one's own where there is none. All lanes must take part.
-template <typename T>
-KLDIV_DEVICE T shuffle_down(const T& x, int lanes) {
-  return detail::shuffled(x, [=](uint32_t word) { return __shfl_down_sync(0xffffffffu, word, lanes); });
+// The lanes that shuffle together: `width` neighbours, a power of 2.
+KLDIV_DEVICE uint32_t shuffle_mask(int width) {
+  const uint32_t first = threadIdx.x % kWarp & ~(static_cast<uint32_t>(width) - 1);
+  return (width == kWarp ? 0xffffffffu : (1u << width) - 1) << first;
 }
 
-// The value of the warp's first thread. All lanes must take part.
+// The value of the thread so many lanes up, one's own where that is beyond the width. All lanes of it must take part.
 template <typename T>
-KLDIV_DEVICE T broadcast(const T& x) {
-  return detail::shuffled(x, [](uint32_t word) { return __shfl_sync(0xffffffffu, word, 0); });
+KLDIV_DEVICE T shuffle_down(const T& x, int lanes, int width = kWarp) {
+  return detail::shuffled(x, [=](uint32_t word) { return __shfl_down_sync(shuffle_mask(width), word, lanes, width); });
+}
+
+// The value of the first lane.
+template <typename T>
+KLDIV_DEVICE T broadcast(const T& x, int width = kWarp) {
+  return detail::shuffled(x, [=](uint32_t word) { return __shfl_sync(shuffle_mask(width), word, 0, width); });
+}
+
+// The special function unit: one instruction each, subnormal numbers taken for 0. Relative errors up to 2^-22, 2^-23
+// and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22.
+KLDIV_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+KLDIV_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+KLDIV_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger and the smaller one; NaN where either is.
+KLDIV_DEVICE float maximum(float a, float b) {
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+  return max;
+}
+KLDIV_DEVICE float minimum(float a, float b) {
+  float min;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(min) : "f"(a), "f"(b));
+  return min;
 }
 
 // 16 bytes at an address that is a multiple of 16, in one access. Plain or, for what nobody reads again soon, marked
@@ -81,12 +158,54 @@ KLDIV_DEVICE void store16_once(void* p, const Bytes16& b) {
   __stcs(static_cast<uint4*>(p), make_uint4(b.words[0], b.words[1], b.words[2], b.words[3]));
 }
 
-// Host side. An error is left for cudaGetLastError().
+// Host side. Errors are left for cudaGetLastError().
+struct Properties {
+  int compute_capability;  // 90 for sm_90
+  int multiprocessors;
+  size_t shared_bytes_per_block;
+  bool clusters;
+};
+
+// Of the current device.
+inline Properties properties() {
+  int device = 0;
+  cudaGetDevice(&device);
+  const auto attribute = [device](cudaDeviceAttr name) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, name, device);
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount),
+          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          attribute(cudaDevAttrClusterLaunch) != 0};
+}
+
+struct Shape {
+  int64_t blocks;
+  int threads;
+  int cluster = 1;  // blocks per cluster
+  size_t shared_bytes = 0;
+};
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
-  // clang-format off
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  // clang-format on
+void launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
+  if (shape.shared_bytes > 0) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  }
+  if (shape.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = static_cast<unsigned>(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 }  // namespace kldiv::device

@@ -1,9 +1,10 @@
 // Divergences from logits: which row kernel runs, and the sum over the rows.
-#include "groups.h"
 #include "launch.h"
+#include "sides.h"
 #include "sum.h"
 
 namespace kldiv::cuda {
+
 void distillation(const DistillationArgs& args, void* stream) {
   const bool wide = args.acc_dtype() == Dtype::kFloat64;
   if (args.rows > 0) {

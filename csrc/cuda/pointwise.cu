@@ -1,8 +1,8 @@
 // The drop-in: KL divergence of given log-probabilities, element by element. Elements are counted along the rows, so
 // that neither shape nor strides change a sum.
 #include "../divergences.h"
-#include "groups.h"
 #include "launch.h"
+#include "shapes.h"
 #include "sum.h"
 
 namespace kldiv::cuda {
@@ -52,7 +52,7 @@ struct AnyElements {
 
 // uniform_grad: grad_output is a single number.
 template <bool kLogTarget, typename Elements>
-KLDIV_KERNEL(kElementThreads)
+KLDIV_KERNEL(kElementThreads, 1)
 pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
   using KL = PointwiseKL<kLogTarget>;
   using acc_t = typename Elements::acc_t;
@@ -99,7 +99,7 @@ pointwise_elements(KLDIV_ARGUMENT PointwiseArgs args, bool uniform_grad) {
         }
       });
   if (args.loss) {
-    sum = block_reduce(sum, Plus());
+    sum = Team<false>(device::threads()).all(sum, Sum());
     if (device::thread() == 0) static_cast<acc_t*>(args.partials)[device::block()] = sum;
   }
 }
@@ -120,7 +120,7 @@ bool is_uniform(const RowLayout& layout) {
 
 template <bool kLogTarget, typename Elements>
 void launch_elements(const PointwiseArgs& args, bool uniform_grad, void* stream) {
-  device::launch(pointwise_elements<kLogTarget, Elements>, element_blocks(args.rows * args.columns), kElementThreads,
+  device::launch(pointwise_elements<kLogTarget, Elements>, {element_blocks(args.rows * args.columns), kElementThreads},
                  stream, args, uniform_grad);
 }
 

@@ -1,70 +1,94 @@
-// How rows are walked on a CUDA device: a block takes a row, its threads the groups of columns in turn, and a row
-// is read again for each phase. The portable tier, for sm_80 and up.
+// What is done with a row on a CUDA device, whoever shares it (team.h) and however it is read (walks.h).
 #pragma once
 
 #include "columns.h"
 #include "launch.h"
-#include "reduce.h"
+#include "shapes.h"
+#include "walks.h"
 
 namespace kldiv::cuda {
 
-// What every walk over a row begins with: a thread's groups, and phase 1.
-template <typename Side>
+// What every kernel over rows begins with.
+template <typename Walk>
 class RowReader {
  public:
+  using Side = typename Walk::Side;
   using acc_t = typename Side::acc_t;
+  using TeamType = typename Walk::TeamType;
 
-  KLDIV_DEVICE RowReader(const LogitsArgs& args, const Scaling<acc_t>& scaling) : logits_(args), scaling_(scaling) {}
+  KLDIV_DEVICE RowReader(const LogitsArgs& args, const Scaling<acc_t>& scaling, TeamType& team)
+      : logits_(args), scaling_(scaling), team_(team), walk_(args, scaling, team) {}
 
  protected:
-  // Calls body(teacher's group, student's group, first, n) for this thread's groups.
-  template <Use use, typename Body>
-  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, const Body& body) const {
-    constexpr acc_t kPadding = -__builtin_inff();  // a column with p = q = 0
-    for_each_group<acc_t, uint32_t>(logits_.columns, device::thread(), device::threads(), [&](uint32_t first, int n) {
-      body(teacher.template load<use>(first, n, kPadding), student.template load<use>(first, n, kPadding), first, n);
-    });
-  }
-
   // Phase 1.
-  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) const {
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
     const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
     RowState<acc_t> mine;
-    walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
+    walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& t, const auto& s, const Place&) {
       extend(mine, t, s, scaling_);
       if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
     });
-    if (hard && one_temperature) mine.hard = mine.student;
-    return block_reduce(mine, [&](const auto& a, const auto& b) { return a.merged(b, scaling_); });
+    RowState<acc_t> all = team_.all(mine, MergeStates<acc_t>{scaling_, apart});
+    if (hard && one_temperature) all.hard = all.student;
+    return all;
   }
 
   const LogitsArgs& logits_;
   const Scaling<acc_t>& scaling_;
+  TeamType& team_;
+  Walk walk_;
 };
 
-// Loss and gradients of a row.
-template <typename Side, typename Divergence>
-class RowWalk : RowReader<Side> {
+// Loss and gradients.
+template <typename Walk, typename Divergence>
+class RowDistillation : RowReader<Walk> {
  public:
-  using acc_t = typename Side::acc_t;
+  using typename RowReader<Walk>::Side, typename RowReader<Walk>::acc_t, typename RowReader<Walk>::TeamType;
 
-  KLDIV_DEVICE RowWalk(const DistillationArgs& args, const Divergence& divergence, const Scaling<acc_t>& scaling)
-      : RowReader<Side>(args, scaling), args_(args), divergence_(divergence) {}
+  KLDIV_DEVICE RowDistillation(const DistillationArgs& args, const Divergence& divergence,
+                               const Scaling<acc_t>& scaling, TeamType& team)
+      : RowReader<Walk>(args, scaling, team), args_(args), divergence_(divergence) {}
 
-  KLDIV_DEVICE void operator()(int64_t row) const {
+  // All rows of this team.
+  KLDIV_DEVICE void operator()() {
+    int64_t row = next_that_counts(team_.index());
+    if constexpr (requires { walk_.fetch(row); }) walk_.fetch(row);
+    KLDIV_NO_UNROLL
+    while (row < args_.rows) {
+      const int64_t next = next_that_counts(row + team_.count());
+      walk_.begin(next);
+      distil(row);
+      row = next;
+    }
+  }
+
+ private:
+  using Evaluation = Columns<acc_t, Divergence>;
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
+
+  // `row`, or the first one of this team's after it whose position counts. Others are not read.
+  KLDIV_DEVICE int64_t next_that_counts(int64_t row) const {
+    KLDIV_NO_UNROLL
+    for (; row < args_.rows; row += team_.count()) {
+      if (row_scale(row) != 0 && (args_.soft_scale != 0 || args_.hard_scale != 0)) break;
+      fill_zero(args_.grad_student, row, 0);
+      fill_zero(args_.grad_teacher, row, 0);
+      if (args_.row_loss) save(row, 0, RowConstants<acc_t>());
+    }
+    return row;
+  }
+  KLDIV_DEVICE acc_t row_scale(int64_t row) const {
+    return args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
+  }
+
+  KLDIV_DEVICE void distil(int64_t row) {
     const bool forward = args_.row_loss != nullptr;
-    const acc_t scale = args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
+    const acc_t scale = row_scale(row);
     const acc_t soft = args_.soft_scale == 0 ? 0 : static_cast<acc_t>(args_.soft_scale) * scale;
     const bool labelled = args_.hard_scale != 0;  // only then are there labels, whatever the scales are
     acc_t hard = labelled ? static_cast<acc_t>(args_.hard_scale) * scale : 0;
-    if (scale == 0 || (args_.soft_scale == 0 && !labelled)) {  // a position that does not count is not read
-      fill_zero(args_.grad_student, row, 0);
-      fill_zero(args_.grad_teacher, row, 0);
-      if (forward) save(row, 0, RowConstants<acc_t>());
-      return;
-    }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.wanted.teacher;
@@ -85,16 +109,15 @@ class RowWalk : RowReader<Side> {
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
     const acc_t hard_factor = labelled ? hard * grad * scaling_.hard_inverse_temperature : 0;
-    const Columns<acc_t, Divergence> columns{divergence_, constants, scaling_, factor, hard_factor, label};
+    const Evaluation columns{divergence_, constants, scaling_, factor, hard_factor, label};
     if (forward) {
       acc_t loss = 0;
       if (labelled) {
-        const acc_t logit = student.template load<Use::kAgain>(label, 1, 0).x[0];
-        loss = hard *
-               cross_entropy(logit, constants.student.max, constants.hard_log2_sum, scaling_.hard_inverse_temperature);
+        loss = hard * cross_entropy(student.logit(label), constants.student.max, constants.hard_log2_sum,
+                                    scaling_.hard_inverse_temperature);
       }
-      const RowSums<acc_t> total =
-          together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student);
+      const RowSums<acc_t> total = together ? sums_with_gradient(columns, teacher, student, row)
+                                            : sums(columns, teacher, student, !gradients);
       constants.set_sums(total);
       save(row, loss + soft * total.term, constants);
     }
@@ -104,59 +127,49 @@ class RowWalk : RowReader<Side> {
     fill_zero(args_.grad_teacher, row, args_.columns);
   }
 
- private:
-  using Evaluation = Columns<acc_t, Divergence>;
-  using RowReader<Side>::scaling_, RowReader<Side>::state;
-
   // Phase 2.
-  KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student) const {
+  KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student, bool last) {
     RowSums<acc_t> mine;
-    this->template walk<Use::kAgain>(teacher, student, [&](const auto& t, const auto& s, uint32_t, int) {
+    walk_.template walk<Pass::kMiddle>(teacher, student, last, [&](const auto& t, const auto& s, const Place&) {
       mine = mine + columns.sums(t, s, args_.wanted);
     });
-    return block_reduce(mine, Plus());
+    return team_.all(mine, Sum());
   }
 
   // Phases 2 and 3 of the student's gradient in one walk, where nothing of phase 3 has to wait for a sum.
   KLDIV_DEVICE RowSums<acc_t> sums_with_gradient(const Evaluation& columns, const Side& teacher, const Side& student,
-                                                 int64_t row) const {
+                                                 int64_t row) {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
       const auto to = Side::target(args_.grad_student, row);
-      this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
+      walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
         Group<acc_t> gradient;
         mine.term += columns.sum_with_gradient(t, s, gradient);
-        columns.add_cross_entropy(s, first, gradient);
-        store(args_.grad_student, to, student, gradient, first, n);
+        columns.add_cross_entropy(s, place, gradient);
+        Side::store(args_.grad_student, to, place, student.chained(gradient, place));
       });
     }
-    return block_reduce(mine, Plus());
+    return team_.all(mine, Sum());
   }
 
   // Phase 3.
-  KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student,
-                                    int64_t row) const {
+  KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student, int64_t row) {
     const auto to_student = Side::target(args_.grad_student, row);
     const auto to_teacher = Side::target(args_.grad_teacher, row);
-    this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
       if (args_.grad_student.out.data) {
         Group<acc_t> gradient = columns.student_gradient(t, s);
-        columns.add_cross_entropy(s, first, gradient);
-        store(args_.grad_student, to_student, student, gradient, first, n);
+        columns.add_cross_entropy(s, place, gradient);
+        Side::store(args_.grad_student, to_student, place, student.chained(gradient, place));
       }
       if (args_.grad_teacher.out.data) {
-        store(args_.grad_teacher, to_teacher, teacher, columns.teacher_gradient(t, s), first, n);
+        Side::store(args_.grad_teacher, to_teacher, place, teacher.chained(columns.teacher_gradient(t, s), place));
       }
     });
   }
 
-  KLDIV_DEVICE static void store(const LogitsGradient& to, typename Side::Target row, const Side& side,
-                                 const Group<acc_t>& gradient, uint32_t first, int n) {
-    Side::store(to, row, first, n, side.chained(gradient, first, n));
-  }
-
   KLDIV_DEVICE void save(int64_t row, acc_t loss, const RowConstants<acc_t>& constants) const {
-    if (device::thread() > 0) return;
+    if (!team_.is_first_thread()) return;
     static_cast<acc_t*>(args_.row_loss)[row] = loss;
     static_cast<RowConstants<acc_t>*>(args_.row_constants)[row] = constants;
   }
@@ -164,52 +177,57 @@ class RowWalk : RowReader<Side> {
   // Columns from `begin` on.
   KLDIV_DEVICE void fill_zero(const LogitsGradient& gradient, int64_t row, int64_t begin) const {
     if (gradient.out.data == nullptr || begin == gradient.columns) return;
-    const auto to = Side::target(gradient, row);
-    const auto body = [&](uint32_t first, int n) { Side::store(gradient, to, begin + first, n, Group<acc_t>{}); };
-    for_each_group<acc_t, uint32_t>(gradient.columns - begin, device::thread(), device::threads(), body);
+    const auto to = Side::target(gradient, row, begin);
+    for_each_place<acc_t>(gradient.columns - begin, team_,
+                          [&](const Place& place) { Side::store(gradient, to, place, Group<acc_t>{}); });
   }
 
   const DistillationArgs& args_;
   const Divergence& divergence_;
 };
 
-// What token_stats tells of a row.
-template <typename Side>
-class StatsWalk : RowReader<Side> {
+// What token_stats tells.
+template <typename Walk>
+class RowTokenStats : RowReader<Walk> {
  public:
-  using acc_t = typename Side::acc_t;
+  using typename RowReader<Walk>::Side, typename RowReader<Walk>::acc_t, typename RowReader<Walk>::TeamType;
 
-  KLDIV_DEVICE StatsWalk(const TokenStatsArgs& args, const Scaling<acc_t>& scaling)
-      : RowReader<Side>(args, scaling), args_(args) {}
+  KLDIV_DEVICE RowTokenStats(const TokenStatsArgs& args, const Scaling<acc_t>& scaling, TeamType& team)
+      : RowReader<Walk>(args, scaling, team), args_(args) {}
 
-  KLDIV_DEVICE void operator()(int64_t row) const {
+  KLDIV_DEVICE void operator()() {
+    KLDIV_NO_UNROLL
+    for (int64_t row = team_.index(); row < args_.rows; row += team_.count()) tell(row);
+  }
+
+ private:
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
+  static constexpr uint32_t kNone = 0xffffffff;
+
+  KLDIV_DEVICE void tell(int64_t row) {
     RowStats<acc_t>& stats = static_cast<RowStats<acc_t>*>(args_.row_stats)[row];
     if (args_.row_scale && static_cast<const acc_t*>(args_.row_scale)[row] == 0) {
-      if (device::thread() == 0) stats = RowStats<acc_t>();
+      if (team_.is_first_thread()) stats = RowStats<acc_t>();
       return;
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const RowConstants<acc_t> constants(state(teacher, student, false));
     Part mine;
-    this->template walk<Use::kOnce>(teacher, student, [&](const auto& t, const auto& s, uint32_t first, int n) {
-      mine = mine + part(t, s, constants, first, n);
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
+      mine = mine + part(t, s, constants, place);
     });
-    const Part all = block_reduce(mine, Plus());
-    if (device::thread() > 0) return;
+    const Part all = team_.all(mine, Sum());
+    if (!team_.is_first_thread()) return;
     acc_t student_label = 0, teacher_label = 0;
     if (args_.labels) {
       const int64_t label = args_.labels[row];
       const bool is_column = label >= 0 && label < args_.columns;
-      student_label = is_column ? student.template load<Use::kAgain>(label, 1, 0).x[0] : nan<acc_t>();
-      teacher_label = is_column ? teacher.template load<Use::kAgain>(label, 1, 0).x[0] : nan<acc_t>();
+      student_label = is_column ? student.logit(label) : nan<acc_t>();
+      teacher_label = is_column ? teacher.logit(label) : nan<acc_t>();
     }
     stats = RowStats<acc_t>(constants, all.sums, scaling_.inverse_temperature, student_label, teacher_label,
                             all.student_top == all.teacher_top && all.student_top != kNone);
   }
-
- private:
-  using RowReader<Side>::scaling_, RowReader<Side>::state;
-  static constexpr uint32_t kNone = 0xffffffff;
 
   // Of some columns: their sums, and the first one that holds the row's largest logit, if any.
   struct Part {
@@ -226,14 +244,14 @@ class StatsWalk : RowReader<Side> {
   };
 
   KLDIV_DEVICE Part part(const Group<acc_t>& teacher, const Group<acc_t>& student, const RowConstants<acc_t>& constants,
-                         uint32_t first, int n) const {
+                         const Place& place) const {
     Part part;
     KLDIV_UNROLL
     for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
-      if (i >= n) continue;
+      if (i >= place.n) continue;
       part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature);
-      if (teacher.x[i] == constants.teacher.max) part.teacher_top = first + i;
-      if (student.x[i] == constants.student.max) part.student_top = first + i;
+      if (teacher.x[i] == constants.teacher.max) part.teacher_top = place.column(i);
+      if (student.x[i] == constants.student.max) part.student_top = place.column(i);
     }
     return part;
   }
@@ -241,47 +259,64 @@ class StatsWalk : RowReader<Side> {
   const TokenStatsArgs& args_;
 };
 
-// This block's rows, counted in 32 bits: every register that lives through a row counts.
-template <typename Walk>
-KLDIV_DEVICE void for_each_row(int64_t rows, const Walk& walk) {
-  KLDIV_NO_UNROLL
-  for (uint32_t turn = 0; device::block() + turn * device::blocks() < rows; ++turn) {
-    walk(device::block() + turn * device::blocks());
+// `width` threads of a block share a row: part of a warp, or all.
+template <typename Side, typename Divergence>
+KLDIV_KERNEL(max_row_threads<typename Side::acc_t>, 1)
+distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
+            KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width) {
+  Team<false> team(width);
+  RowDistillation<Streamed<Side>, Divergence>(args, divergence, scaling, team)();
+}
+
+// A cluster of blocks shares a row.
+template <typename Side, typename Divergence>
+KLDIV_KERNEL(kClusterThreads, kClusterBlocksPerMultiprocessor)
+distil_resident_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
+                     KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
+  if constexpr (device::kClusters) {
+    Team<true> team(device::threads());
+    RowDistillation<Resident<Side>, Divergence>(args, divergence, scaling, team)();
   }
 }
 
-template <typename Side, typename Divergence>
-KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
-distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
-            KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
-  const RowWalk<Side, Divergence> walk(args, divergence, scaling);
-  for_each_row(args.rows, walk);
+template <typename Side>
+KLDIV_KERNEL(max_row_threads<typename Side::acc_t>, 1)
+stats_of_rows(KLDIV_ARGUMENT TokenStatsArgs args, KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width) {
+  Team<false> team(width);
+  RowTokenStats<Streamed<Side>>(args, scaling, team)();
 }
 
 template <typename Side>
-KLDIV_KERNEL(max_row_threads<typename Side::acc_t>)
-stats_of_rows(KLDIV_ARGUMENT TokenStatsArgs args, KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
-  const StatsWalk<Side> walk(args, scaling);
-  for_each_row(args.rows, walk);
-}
+constexpr bool kHasResident = requires { typename Side::scalar_t; } && sizeof(typename Side::acc_t) == sizeof(float);
 
 // Host side, for one kind of Side.
 template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
+  const RowShape streamed = row_shape<acc_t>(args.rows, args.columns);
+  device::Shape resident{};
+  if constexpr (kHasResident<Side>) {  // a backward of its own reads a row but once as it is
+    const size_t scalar_bytes = sizeof(typename Side::scalar_t);
+    if (args.row_loss) resident = resident_shape(device::properties(), args.rows, args.columns, scalar_bytes);
+  }
   dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
-    // Quotients are made here: many GPUs are slow in double.
-    device::launch(distil_rows<Side, Divergence>, row_blocks(args.rows), row_threads<acc_t>(args.columns), stream, args,
-                   divergence, Scaling<acc_t>(args));
+    const Scaling<acc_t> scaling(args);  // quotients are made here: many GPUs are slow in double
+    if constexpr (kHasResident<Side>) {
+      if (resident.blocks > 0) {
+        device::launch(distil_resident_rows<Side, Divergence>, resident, stream, args, divergence, scaling);
+        return;
+      }
+    }
+    device::launch(distil_rows<Side, Divergence>, streamed.shape, stream, args, divergence, scaling, streamed.width);
   });
 }
 
 template <typename Side>
 void launch_stats(const TokenStatsArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
-  device::launch(stats_of_rows<Side>, row_blocks(args.rows), row_threads<acc_t>(args.columns), stream, args,
-                 Scaling<acc_t>(args));
+  const RowShape shape = row_shape<acc_t>(args.rows, args.columns);
+  device::launch(stats_of_rows<Side>, shape.shape, stream, args, Scaling<acc_t>(args), shape.width);
 }
 
 }  // namespace kldiv::cuda

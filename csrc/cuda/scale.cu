@@ -1,12 +1,12 @@
 // A gradient times a factor that came after it: in place, and without a write where the factor is 1.
-#include "groups.h"
 #include "launch.h"
+#include "shapes.h"
 
 namespace kldiv::cuda {
 namespace {
 
 template <typename scalar_t>
-KLDIV_KERNEL(kElementThreads)
+KLDIV_KERNEL(kElementThreads, 1)
 scale_elements(scalar_t* gradient, int64_t count, const void* factor, Dtype factor_dtype) {
   using acc_t = AccOf<scalar_t>;
   const double wide_factor = load_any<double>(factor, factor_dtype, 0, 0, 1, 0).x[0];
@@ -31,7 +31,7 @@ void scale(const ScaleArgs& args, void* stream) {
   if (args.count == 0) return;
   dispatch_dtype(args.gradient.dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    device::launch(scale_elements<scalar_t>, element_blocks(args.count), kElementThreads, stream,
+    device::launch(scale_elements<scalar_t>, {element_blocks(args.count), kElementThreads}, stream,
                    static_cast<scalar_t*>(args.gradient.data), args.count, args.factor, args.factor_dtype);
   });
 }

@@ -2,23 +2,25 @@
 // alone.
 #pragma once
 
-#include "reduce.h"
+#include "team.h"
 
 namespace kldiv::cuda {
 
+constexpr int kSumThreads = 1024;
+
 template <typename acc_t>
-KLDIV_KERNEL(kMaxThreads)
+KLDIV_KERNEL(kSumThreads, 1)
 sum_parts(const acc_t* parts, int64_t count, double scale, acc_t* sum) {
   double mine = 0;
   for (int64_t i = device::thread(); i < count; i += device::threads()) mine += static_cast<double>(parts[i]);
-  const double total = block_reduce(mine, Plus());
+  const double total = Team<false>(kSumThreads).all(mine, Sum());
   if (device::thread() == 0) *sum = static_cast<acc_t>(total * scale);
 }
 
 // Host side.
 template <typename acc_t>
 void launch_sum(const void* parts, int64_t count, double scale, void* sum, void* stream) {
-  device::launch(sum_parts<acc_t>, 1, kMaxThreads, stream, static_cast<const acc_t*>(parts), count, scale,
+  device::launch(sum_parts<acc_t>, {1, kSumThreads}, stream, static_cast<const acc_t*>(parts), count, scale,
                  static_cast<acc_t*>(sum));
 }
 

@@ -32,6 +32,11 @@ void emulated_set_order(int order, uint32_t seed) {
   kldiv::emulation::set_order(static_cast<kldiv::emulation::Order>(order), seed);
 }
 
+void emulated_set_device(int compute_capability, int multiprocessors, int64_t shared_bytes_per_block, bool clusters) {
+  kldiv::emulation::set_properties(
+      {compute_capability, multiprocessors, static_cast<size_t>(shared_bytes_per_block), clusters});
+}
+
 const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,
                                   const LogitsGradient* grad_teacher, int wants_student, int wants_teacher,
                                   int64_t rows, int64_t columns, const char* divergence, double parameter,

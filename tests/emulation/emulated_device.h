@@ -5,42 +5,67 @@
 #include <tuple>
 
 #include "fibers.h"
+#include "special_functions.h"
 
 #define KLDIV_DEVICE inline
 #define KLDIV_DEVICE_CALL inline
 #define KLDIV_UNROLL
 #define KLDIV_NO_UNROLL
-#define KLDIV_KERNEL(max_threads) void
+#define KLDIV_KERNEL(max_threads, blocks) void
 #define KLDIV_ARGUMENT const
 #define KLDIV_SHARED(type, name, count) \
   static const char name##_name = 0;    \
-  type* const name = static_cast<type*>(::kldiv::emulation::shared(&name##_name, sizeof(type) * (count)))
+  type* const name = static_cast<type*>(::kldiv::emulation::shared(&name##_name, sizeof(type) * (count), alignof(type)))
 
 namespace kldiv::device {
 
 constexpr int kWarp = emulation::kWarp;
+using emulation::Properties;
+using emulation::Shape;
 
 struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
+
+constexpr bool kClusters = true;
 
 inline int thread() { return emulation::position().thread; }
 inline int threads() { return emulation::position().threads; }
 inline int64_t block() { return emulation::position().block; }
 inline int64_t blocks() { return emulation::position().blocks; }
 
+inline int cluster_blocks() { return emulation::position().cluster; }
+inline int cluster_rank() { return emulation::position().rank; }
+
 inline void barrier() { emulation::barrier(); }
+inline void cluster_barrier() { emulation::cluster_barrier(); }
+
+inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared()); }
+template <typename T>
+T* of_peer(T* shared, int rank) {
+  return static_cast<T*>(emulation::of_peer(shared, rank));
+}
 
 template <typename T>
-T shuffle_down(T x, int lanes) {
-  emulation::shuffle(&x, sizeof(T), lanes);
-  return x;
+T shuffle_down(const T& x, int lanes, int width = kWarp) {
+  T value = x;
+  if (lanes == emulation::kFromFirst) emulation::fail("a shuffle from a lane below");
+  emulation::shuffle(&value, sizeof(T), lanes, width);
+  return value;
 }
 template <typename T>
-T broadcast(T x) {
-  emulation::shuffle(&x, sizeof(T), emulation::kFromFirst);
-  return x;
+T broadcast(const T& x, int width = kWarp) {
+  T value = x;
+  emulation::shuffle(&value, sizeof(T), emulation::kFromFirst, width);
+  return value;
 }
+
+inline float exp2_approx(float x) { return emulation::exp2_approx(x); }
+inline float log2_approx(float x) { return emulation::log2_approx(x); }
+inline float reciprocal_approx(float x) { return emulation::reciprocal_approx(x); }
+
+inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
 
 inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(Bytes16) != 0) emulation::fail("a misaligned 16-byte access");
@@ -57,11 +82,20 @@ inline void store16_once(void* p, const Bytes16& bytes) {
   std::memcpy(p, &bytes, sizeof(bytes));
 }
 
+inline void copy16_async(void* to_shared, const void* from_global) {
+  check_aligned(to_shared);
+  check_aligned(from_global);
+  emulation::copy16_async(to_shared, from_global);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+inline void await_copies(int but) { emulation::await_copies(but); }
+
+inline const Properties& properties() { return emulation::properties(); }
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* /*stream*/,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), const Shape& shape, void* /*stream*/, const Arguments&... arguments) {
   const std::tuple<Parameters...> parameters(arguments...);
-  emulation::run(blocks, threads, [&] { std::apply(kernel, parameters); });
+  emulation::run(shape, [&] { std::apply(kernel, parameters); });
 }
 
 }  // namespace kldiv::device

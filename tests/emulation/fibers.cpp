@@ -17,13 +17,20 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace kldiv::emulation {
 namespace {
 
-enum State { kReady, kAtBarrier, kAtShuffle, kFinished };
+constexpr int kNarrowest = 8;  // of the widths of a shuffle
+
+enum State { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kFinished };
+
+constexpr int kMaxCluster = 16;
+constexpr size_t kCopyBytes = 16;
+constexpr unsigned char kNothing = 0xff;  // in memory that nobody wrote to
 
 struct Stack {
   static constexpr size_t kBytes = 256 * 1024;
@@ -37,7 +44,61 @@ struct Fiber {
   Stack stack;
   void* value = nullptr;  // of the shuffle it waits in
   size_t size = 0;
-  int lanes = 0;
+  int lanes = 0, width = 0;
+  struct Copy {
+    void* to;
+    const void* from;
+  };
+  std::vector<Copy> copies;    // begun and not awaited
+  std::vector<size_t> groups;  // how many of the copies each commit closed
+
+  void restart() {
+    state = kReady;
+    started = false;
+    copies.clear();
+    groups.clear();
+  }
+};
+
+// A shared variable of a block.
+class Room {
+ public:
+  Room() = default;
+  Room(size_t size, size_t alignment)
+      // Memory from new is aligned to 16: so far beyond that, it is aligned as asked for and no better.
+      : size_(size), alignment_(alignment), offset_(alignment % kCopyBytes), bytes_(new unsigned char[offset_ + size]) {
+    clear();
+  }
+
+  unsigned char* data() const { return bytes_.get() + offset_; }
+  size_t size() const { return size_; }
+  size_t alignment() const { return alignment_; }
+
+  // How far p lies in it; -1 where [p, p + size) does not.
+  ptrdiff_t offset_of(const void* p, size_t size) const {
+    const auto first = reinterpret_cast<uintptr_t>(data()), address = reinterpret_cast<uintptr_t>(p);
+    if (address < first || address + size > first + size_) return -1;
+    return static_cast<ptrdiff_t>(address - first);
+  }
+
+  void clear() { std::memset(data(), kNothing, size_); }
+  bool is_clear() const {
+    return std::all_of(data(), data() + size_, [](unsigned char byte) { return byte == kNothing; });
+  }
+
+ private:
+  static_assert(__STDCPP_DEFAULT_NEW_ALIGNMENT__ >= kCopyBytes);
+  size_t size_ = 0, alignment_ = 1, offset_ = 0;
+  std::unique_ptr<unsigned char[]> bytes_;
+};
+
+struct Block {
+  enum { kWaits, kRuns, kHasEnded } stage = kWaits;
+  std::map<const void*, Room> shared;  // by name; null is the dynamic one's
+
+  bool is_clear() const {
+    return std::all_of(shared.begin(), shared.end(), [](const auto& room) { return room.second.is_clear(); });
+  }
 };
 
 // Leaves a stack at `here` for one that waits at `there`. swapcontext would ask the kernel for the signal mask each
@@ -50,6 +111,9 @@ void begin(jmp_buf& here, const Stack& stack, void (*function)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack.bytes.get();
   context.uc_stack.ss_size = Stack::kBytes;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bytes.get(), Stack::kBytes);  // a run that failed left its frames there
+#endif
   makecontext(&context, function, 0);
   if (_setjmp(here) == 0) setcontext(&context);
 }
@@ -75,18 +139,18 @@ class Machine {
     random_.seed(seed);
   }
 
-  void run(int64_t blocks, int threads, const std::function<void()>& body) {
-    if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > 1024 || threads % kWarp != 0) {
-      throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
-                               " threads");
-    }
+  void set_properties(const Properties& properties) { properties_ = properties; }
+  const Properties& properties() const { return properties_; }
+
+  void run(const Shape& shape, const std::function<void()>& body) {
+    check(shape);
     body_ = &body;
-    position_ = {0, blocks, 0, threads};
-    while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
-    for (const int64_t block : ordered(blocks)) {
-      position_.block = block;
-      run_block();
+    shared_bytes_ = shape.shared_bytes;
+    position_ = {0, shape.blocks, 0, shape.threads, 0, shape.cluster};
+    while (fibers_.size() < static_cast<size_t>(shape.cluster) * shape.threads) {
+      fibers_.push_back(std::make_unique<Fiber>());
     }
+    for (const int64_t cluster : ordered(shape.blocks / shape.cluster)) run_cluster(cluster * shape.cluster);
   }
 
   const Position& position() const { return position_; }
@@ -100,17 +164,53 @@ class Machine {
     finish_switch(kept, &main_stack_, &main_stack_size_);
   }
 
-  void shuffle(void* value, size_t size, int lanes) {
+  void shuffle(void* value, size_t size, int lanes, int width) {
+    if (width != kNarrowest && width != 16 && width != kWarp) fail("a shuffle within neither 8 nor 16 nor 32 lanes");
+    if (lanes != kFromFirst && (lanes < 0 || lanes >= kWarp)) fail("a shuffle over more lanes than a warp has");
     running_->value = value;
     running_->size = size;
     running_->lanes = lanes;
+    running_->width = width;
     wait(kAtShuffle);
   }
 
-  void* shared(const void* name, size_t size) {
-    std::vector<unsigned char>& bytes = shared_[name];
-    bytes.resize(size, 0xff);
-    return bytes.data();
+  void* shared(const void* name, size_t size, size_t alignment) { return room(block(), name, size, alignment).data(); }
+  void* dynamic_shared() { return shared(nullptr, shared_bytes_, kCopyBytes); }
+
+  void* of_peer(const void* shared, int rank) {
+    if (rank < 0 || rank >= position_.cluster) fail("the cluster has no block of that rank");
+    Block& peer = blocks_[rank];
+    if (peer.stage == Block::kHasEnded) fail("the shared memory of a block that has ended");
+    for (const auto& [name, own] : block().shared) {
+      const ptrdiff_t offset = own.offset_of(shared, 1);
+      if (offset >= 0) return room(peer, name, own.size(), own.alignment()).data() + offset;
+    }
+    fail("a peer's variable is asked for by an address that is not in the block's own shared memory");
+    return nullptr;
+  }
+
+  void copy16_async(void* to_shared, const void* from) {
+    if (!is_shared(to_shared)) fail("an asynchronous copy to elsewhere than the block's shared memory");
+    if (is_shared(from)) fail("an asynchronous copy from shared memory");
+    std::memset(to_shared, kNothing, kCopyBytes);
+    running_->copies.push_back({to_shared, from});
+  }
+
+  void commit_copies() {
+    std::vector<size_t>& groups = running_->groups;
+    groups.push_back(running_->copies.size() - std::accumulate(groups.begin(), groups.end(), size_t{0}));
+  }
+
+  void await_copies(int but) {
+    std::vector<Fiber::Copy>& copies = running_->copies;
+    std::vector<size_t>& groups = running_->groups;
+    if (but < 0) fail("fewer than no groups of copies may be under way");
+    if (groups.size() <= static_cast<size_t>(but)) return;
+    const auto last_group = groups.end() - but;
+    const auto last_copy = copies.begin() + std::accumulate(groups.begin(), last_group, size_t{0});
+    std::for_each(copies.begin(), last_copy, [](const auto& copy) { std::memcpy(copy.to, copy.from, kCopyBytes); });
+    copies.erase(copies.begin(), last_copy);
+    groups.erase(groups.begin(), last_group);
   }
 
   void fail(const char* message) {
@@ -128,40 +228,107 @@ class Machine {
     return indices;
   }
 
-  void run_block() {
-    shared_.clear();
+  void check(const Shape& shape) const {
+    const auto [blocks, threads, cluster, shared_bytes] = shape;
+    const bool possible = blocks >= 1 && blocks <= INT32_MAX && threads >= 1 && threads <= 1024 && threads % kWarp == 0;
+    const bool clustered = cluster == 1 || (cluster > 1 && cluster <= kMaxCluster && properties_.clusters);
+    if (possible && clustered && blocks % cluster == 0 && shared_bytes <= properties_.shared_bytes_per_block) return;
+    throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                             " threads in clusters of " + std::to_string(cluster) + " with " +
+                             std::to_string(shared_bytes) + " bytes of dynamic shared memory");
+  }
+
+  Block& block() { return blocks_[position_.rank]; }
+  Fiber& fiber(int rank, int thread) { return *fibers_[rank * position_.threads + thread]; }
+
+  bool is_shared(const void* p) {
+    return std::any_of(block().shared.begin(), block().shared.end(),
+                       [&](const auto& room) { return room.second.offset_of(p, kCopyBytes) >= 0; });
+  }
+
+  Room& room(Block& of, const void* name, size_t size, size_t alignment) {
+    const auto found = of.shared.find(name);
+    if (found != of.shared.end()) return found->second;
+    size_t total = size;
+    for (const auto& [_, other] : of.shared) total += other.size();
+    if (total > properties_.shared_bytes_per_block) fail("more shared memory than a block can have");
+    return of.shared.emplace(name, Room(size, alignment)).first->second;
+  }
+
+  // The blocks from `first` on.
+  void run_cluster(int64_t first) {
+    const int threads = position_.cluster * position_.threads;
+    blocks_.clear();
+    blocks_.resize(position_.cluster);
     failure_ = nullptr;
-    for (int thread = 0; thread < position_.threads; ++thread) {
-      Fiber& fiber = *fibers_[thread];
-      fiber.state = kReady;
-      fiber.started = false;
+    for (int i = 0; i < threads; ++i) fibers_[i]->restart();
+    do {
+      for (const int64_t rank : ordered(position_.cluster)) {
+        position_.rank = static_cast<int>(rank);
+        position_.block = first + rank;
+        run_block();
+      }
+    } while (release(0, threads, kAtClusterBarrier));
+    if (!all(0, threads, kFinished)) throw std::runtime_error(who_waits(first));
+    for (int rank = 0; rank < position_.cluster; ++rank) {
+      if (position_.cluster > 1 && !blocks_[rank].is_clear()) {
+        throw std::runtime_error("block " + std::to_string(first + rank) +
+                                 ": a peer wrote to its shared memory after it had ended");
+      }
     }
-    while (true) {
+  }
+
+  // As far as it goes without the other blocks of the cluster.
+  void run_block() {
+    if (std::exchange(block().stage, Block::kRuns) == Block::kWaits && !block().is_clear()) {
+      throw std::runtime_error("block " + std::to_string(position_.block) +
+                               ": a peer wrote to its shared memory before it had begun");
+    }
+    const int first = position_.rank * position_.threads;
+    do {
       for (const int64_t warp : ordered(position_.threads / kWarp)) {
         const auto lanes = ordered(kWarp);
         do {
           for (const int64_t lane : lanes) resume(static_cast<int>(warp * kWarp + lane));
         } while (shuffle_warp(static_cast<int>(warp)));
       }
-      const int finished = count(kFinished), waiting = count(kAtBarrier);
-      if (finished == position_.threads) return;
-      if (waiting != position_.threads) {
-        throw std::runtime_error("block " + std::to_string(position_.block) + " hangs: of " +
-                                 std::to_string(position_.threads) + " threads " + std::to_string(waiting) +
-                                 " wait at a barrier, " + std::to_string(count(kAtShuffle)) + " in a shuffle, " +
-                                 std::to_string(finished) + " have finished");
-      }
-      for (int thread = 0; thread < position_.threads; ++thread) fibers_[thread]->state = kReady;
+    } while (release(first, position_.threads, kAtBarrier));
+    if (position_.cluster > 1 && all(first, position_.threads, kFinished)) {
+      block().stage = Block::kHasEnded;
+      for (auto& [_, room] : block().shared) room.clear();
     }
   }
 
-  int count(State state) const {
-    return static_cast<int>(std::count_if(fibers_.begin(), fibers_.begin() + position_.threads,
-                                          [&](const auto& fiber) { return fiber->state == state; }));
+  bool all(int first, int count, State state) const {
+    return std::all_of(fibers_.begin() + first, fibers_.begin() + first + count,
+                       [&](const auto& fiber) { return fiber->state == state; });
+  }
+
+  // Lets threads go on that all wait in the same state; false if they do not.
+  bool release(int first, int count, State state) {
+    if (!all(first, count, state)) return false;
+    for (int i = first; i < first + count; ++i) fibers_[i]->state = kReady;
+    return true;
+  }
+
+  std::string who_waits(int64_t first) {
+    std::string message = "a hang:";
+    for (int rank = 0; rank < position_.cluster; ++rank) {
+      message += (rank == 0 ? " of block " : "; of block ") + std::to_string(first + rank);
+      for (const auto& [state, what] : {std::pair{kAtBarrier, "wait at a barrier"},
+                                        {kAtClusterBarrier, "wait at a cluster barrier"},
+                                        {kAtShuffle, "wait in a shuffle"},
+                                        {kFinished, "have ended"}}) {
+        int count = 0;
+        for (int thread = 0; thread < position_.threads; ++thread) count += fiber(rank, thread).state == state;
+        if (count > 0) message += ", " + std::to_string(count) + " threads " + what;
+      }
+    }
+    return message;
   }
 
   void resume(int thread) {
-    Fiber& fiber = *fibers_[thread];
+    Fiber& fiber = this->fiber(position_.rank, thread);
     if (fiber.state != kReady) return;
     running_ = &fiber;
     position_.thread = thread;
@@ -173,6 +340,7 @@ class Machine {
       begin(main_, fiber.stack, &Machine::enter);
     }
     finish_switch(kept, nullptr, nullptr);
+    if (fiber.state == kFinished && !fiber.copies.empty() && !failure_) failure_ = "ended without awaiting its copies";
     if (failure_) {
       throw std::runtime_error("thread " + std::to_string(thread) + " of block " + std::to_string(position_.block) +
                                ": " + failure_);
@@ -181,34 +349,44 @@ class Machine {
 
   static void enter();
 
-  // Does the shuffle that all lanes wait in; false if they do not.
+  // Does the shuffles that all lanes of a width wait in; false if there are none.
   bool shuffle_warp(int warp) {
-    const auto first = fibers_.begin() + warp * kWarp;
+    const auto first = fibers_.begin() + position_.rank * position_.threads + warp * kWarp;
+    bool any = false;
+    for (int lane = 0; lane < kWarp; lane += kNarrowest) any |= shuffle_lanes(&first[lane], warp, lane);
+    return any;
+  }
+  // Those of the lanes from `lane` on.
+  bool shuffle_lanes(const std::unique_ptr<Fiber>* first, int warp, int lane) {
     const Fiber& leader = **first;
-    for (auto fiber = first; fiber != first + kWarp; ++fiber) {
+    const int width = leader.width;
+    if (leader.state != kAtShuffle || lane % width != 0) return false;
+    for (auto fiber = first; fiber != first + width; ++fiber) {
       if ((*fiber)->state != kAtShuffle) return false;
-      if ((*fiber)->size != leader.size || (*fiber)->lanes != leader.lanes) {
+      if ((*fiber)->size != leader.size || (*fiber)->lanes != leader.lanes || (*fiber)->width != width) {
         throw std::runtime_error("warp " + std::to_string(warp) + " of block " + std::to_string(position_.block) +
                                  ": its lanes wait in different shuffles");
       }
     }
-    std::vector<unsigned char> values(leader.size * kWarp);
-    for (int lane = 0; lane < kWarp; ++lane) std::memcpy(&values[lane * leader.size], first[lane]->value, leader.size);
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int up = lane + leader.lanes;
-      const int source = leader.lanes == kFromFirst ? 0 : (up < kWarp ? up : lane);
-      std::memcpy(first[lane]->value, &values[source * leader.size], leader.size);
-      first[lane]->state = kReady;
+    std::vector<unsigned char> values(leader.size * width);
+    for (int i = 0; i < width; ++i) std::memcpy(&values[i * leader.size], first[i]->value, leader.size);
+    for (int i = 0; i < width; ++i) {
+      const int up = i + leader.lanes;
+      const int source = leader.lanes == kFromFirst ? 0 : (up < width ? up : i);
+      std::memcpy(first[i]->value, &values[source * leader.size], leader.size);
+      first[i]->state = kReady;
     }
     return true;
   }
 
   Order order_ = Order::kAscending;
   std::mt19937 random_;
+  Properties properties_ = kDefaultProperties;
   Position position_{};
+  size_t shared_bytes_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::map<const void*, std::vector<unsigned char>> shared_;
+  std::vector<Block> blocks_;  // of the cluster
   Fiber* running_ = nullptr;
   const char* failure_ = nullptr;
   jmp_buf main_;
@@ -227,11 +405,19 @@ void Machine::enter() {
 }  // namespace
 
 void set_order(Order order, uint32_t seed) { machine.set_order(order, seed); }
-void run(int64_t blocks, int threads, const std::function<void()>& body) { machine.run(blocks, threads, body); }
+void set_properties(const Properties& properties) { machine.set_properties(properties); }
+const Properties& properties() { return machine.properties(); }
+void run(const Shape& shape, const std::function<void()>& body) { machine.run(shape, body); }
 const Position& position() { return machine.position(); }
 void barrier() { machine.wait(kAtBarrier); }
-void shuffle(void* value, size_t size, int lanes) { machine.shuffle(value, size, lanes); }
-void* shared(const void* name, size_t size) { return machine.shared(name, size); }
+void cluster_barrier() { machine.wait(kAtClusterBarrier); }
+void shuffle(void* value, size_t size, int lanes, int width) { machine.shuffle(value, size, lanes, width); }
+void* shared(const void* name, size_t size, size_t alignment) { return machine.shared(name, size, alignment); }
+void* dynamic_shared() { return machine.dynamic_shared(); }
+void* of_peer(const void* shared, int rank) { return machine.of_peer(shared, rank); }
+void copy16_async(void* to_shared, const void* from) { machine.copy16_async(to_shared, from); }
+void commit_copies() { machine.commit_copies(); }
+void await_copies(int but) { machine.await_copies(but); }
 void fail(const char* message) { machine.fail(message); }
 
 }  // namespace kldiv::emulation

@@ -155,6 +155,18 @@ class Kernels:
     def set_order(self, order: str, seed: int = 0) -> None:
         self.library.emulated_set_order(ORDERS[order], ctypes.c_uint32(seed))
 
+    def set_device(
+        self,
+        compute_capability: int = 80,
+        multiprocessors: int = 4,
+        shared_bytes_per_block: int = 100 * 1024,
+        clusters: bool = False,
+    ) -> None:
+        """What the device says of itself, from here on; as it was at first for what is not given."""
+        self.library.emulated_set_device(
+            *map(_c, (compute_capability, multiprocessors, shared_bytes_per_block, clusters))
+        )
+
     def _call(self, name: str, *arguments: Any) -> None:
         function: Callable[..., bytes | None] = self.library[name]
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]

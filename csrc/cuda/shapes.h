@@ -1,0 +1,106 @@
+// How many threads and blocks the kernels are launched with: all rules that say so.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "groups.h"
+
+namespace kldiv::cuda {
+
+// ---------------------------------------------------------------- rows that are streamed
+
+// How many threads of a block share a row: by its length alone, because the order of every sum follows from it.
+struct RowRule {
+  int64_t columns;  // for rows of up to so many columns
+  int width;
+};
+constexpr RowRule kRowRules[] = {
+    {64, 8},           // a group per lane: four rows to a warp, whose sums take three steps and wait for nobody
+    {128, 16},         //
+    {256, 32},         //
+    {512, 64},         // up to here a thread per group: the shortest way through a short row
+    {1024, 128},       //
+    {65536, 256},      // two blocks fit a multiprocessor, so that one computes while the other waits for a sum
+    {INT64_MAX, 512},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
+};
+// Each quarter of a multiprocessor has 16384 registers for its warps. In float 512 threads leave each 128, and no
+// kernel spills; up to 640 would leave 96, and some would. In double each needs twice as many.
+template <typename acc_t>
+constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 512 : 256;
+
+// Rows that share a warp come several to a block: a multiprocessor takes no more than 32 blocks.
+constexpr int kSharedBlockThreads = 128;
+// Enough blocks to fill any device many times over; beyond it a block takes several rows.
+constexpr int64_t kMaxRowBlocks = 65536;
+
+struct RowShape {
+  device::Shape shape;
+  int width;
+};
+
+template <typename acc_t>
+RowShape row_shape(int64_t rows, int64_t columns) {
+  int i = 0;
+  while (columns > kRowRules[i].columns) ++i;
+  const int width = kRowRules[i].width < max_row_threads<acc_t> ? kRowRules[i].width : max_row_threads<acc_t>;
+  const int threads = width > device::kWarp ? width : kSharedBlockThreads;
+  const int64_t per_block = threads / width, blocks = (rows + per_block - 1) / per_block;
+  return {{blocks < kMaxRowBlocks ? blocks : kMaxRowBlocks, threads}, width};
+}
+
+// ---------------------------------------------------------------- rows that stay on the chip
+
+// The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
+struct ClusterRule {
+  int blocks;
+  int per_multiprocessor;  // so many blocks must fit: with two, one computes while the other waits
+};
+constexpr ClusterRule kClusterRules[] = {
+    {1, 2},   // nobody to wait for
+    {2, 2},   //
+    {4, 2},   //
+    {8, 2},   // the largest cluster that all devices with clusters have
+    {16, 2},  //
+    {8, 1},   // loads still overlap with arithmetic, because the next row's begin while this one's gradient is written
+    {16, 1},  //
+};
+// As many as leave each thread of two blocks 128 registers; eight warps, so that a cluster's partial results fit
+// team.h's kMaxWarps.
+constexpr int kClusterThreads = 256;
+constexpr int kClusterBlocksPerMultiprocessor = 2;
+// Below that a row's few groups per thread are still in the L1 cache when they are read again.
+constexpr int64_t kMinResidentColumns = 1025;
+// Of a block's shared memory, for partial results and what CUDA takes itself.
+constexpr size_t kReservedBytes = 14 * 1024;
+
+// No blocks where the device has no clusters, no rule fits, or the environment's KLDIV_EXT_CUDA_TIER is "portable".
+inline device::Shape resident_shape(const device::Properties& device, int64_t rows, int64_t columns, size_t scalar_bytes) {
+  const char* tier = std::getenv("KLDIV_EXT_CUDA_TIER");
+  if (!device.clusters || columns < kMinResidentColumns || (tier && std::strcmp(tier, "portable") == 0)) return {};
+  // Clusters of 16 have to be asked for, and only data centres' GPUs have them.
+  const int max_cluster = device.compute_capability < 110 ? 16 : 8;
+  const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>;
+  for (const ClusterRule& rule : kClusterRules) {
+    const int64_t per_step = rule.blocks * kClusterThreads, steps = (groups + per_step - 1) / per_step;
+    const size_t bytes = steps * kClusterThreads * 2 * kGroup<float> * scalar_bytes;
+    if (rule.blocks > max_cluster || rule.per_multiprocessor * (bytes + kReservedBytes) > device.shared_bytes_per_block)
+      continue;
+    const int64_t fit = std::max(device.multiprocessors * rule.per_multiprocessor / rule.blocks, 1);
+    return {std::min(rows, fit) * rule.blocks, kClusterThreads, rule.blocks, bytes};
+  }
+  return {};
+}
+
+// Element by element: about a group per thread at first, then more, so that the partial sums stay few. The last
+// round of blocks is a small part of so many on any device.
+constexpr int kElementThreads = 256;
+constexpr int64_t kMaxElementBlocks = 8192;
+constexpr int64_t element_blocks(int64_t count) {
+  constexpr int64_t per_block = 8 * kElementThreads;
+  const int64_t blocks = count / per_block + (count % per_block != 0);
+  return blocks < kMaxElementBlocks ? blocks : kMaxElementBlocks;
+}
+
+}  // namespace kldiv::cuda

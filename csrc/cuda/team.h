@@ -1,0 +1,96 @@
+// The threads that share a row, and how what each knows becomes what all know: in an order that depends on the shape
+// of the team alone.
+#pragma once
+
+#include "device.h"
+
+namespace kldiv::cuda {
+
+// Sums, lane by lane as a tree; the first lane of each `width` gets the total.
+struct Sum {
+  template <typename Value>
+  KLDIV_DEVICE Value operator()(Value value, int width) const {
+    KLDIV_NO_UNROLL  // once per row: not worth five copies
+        for (int lanes = width / 2; lanes > 0; lanes /= 2) {
+      value = value + device::shuffle_down(value, lanes, width);
+    }
+    return value;
+  }
+  template <typename Value>
+  KLDIV_DEVICE Value two(const Value& a, const Value& b) const {
+    return a + b;
+  }
+};
+
+// The warps of a block at most, and of all blocks of a cluster.
+template <bool kCluster>
+constexpr int kMaxWarps = kCluster ? 16 * 8 : 1024 / device::kWarp;
+
+// A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or, with kCluster, the blocks of a
+// cluster. Like a block, all of it goes through a row together.
+template <bool kCluster>
+class Team {
+ public:
+  // `width` threads of a block are one team's: less than a warp, or all.
+  KLDIV_DEVICE explicit Team(int width)
+      : thread_(device::thread() % width), width_(width) {
+    if constexpr (kCluster) {
+      rank_ = device::cluster_rank();
+      blocks_ = device::cluster_blocks();
+      device::cluster_barrier();  // no block writes to one that has not begun
+    }
+  }
+
+  KLDIV_DEVICE uint32_t thread() const { return rank_ * width_ + thread_; }
+  KLDIV_DEVICE uint32_t threads() const { return blocks_ * width_; }
+  KLDIV_DEVICE bool is_first_thread() const { return thread() == 0; }
+  // The lanes of one warp, or part of it, that are in the team; thread() % lanes() is one's own.
+  KLDIV_DEVICE int lanes() const { return !kCluster && width_ < device::kWarp ? width_ : device::kWarp; }
+  KLDIV_DEVICE int log2_lanes() const { return 3 + lanes() / 16; }
+
+  // Which of the grid's teams this is.
+  KLDIV_DEVICE uint32_t index() const {
+    return static_cast<uint32_t>(device::block()) / blocks_ * per_block() + device::thread() / width_;
+  }
+  KLDIV_DEVICE uint32_t count() const { return static_cast<uint32_t>(device::blocks()) / blocks_ * per_block(); }
+
+  // What over_lanes makes of all threads' values, to every thread. Value{} must be neutral.
+  template <typename Value, typename OverLanes>
+  KLDIV_DEVICE Value all(Value value, const OverLanes& over_lanes) {
+    value = over_lanes(value, lanes());
+    if (kCluster || width_ > device::kWarp) value = over_warps(value, over_lanes);
+    return device::broadcast(value, lanes());
+  }
+
+ private:
+  template <typename Value, typename OverLanes>
+  KLDIV_DEVICE Value over_warps(const Value& of_warp, const OverLanes& over_lanes) {
+    // Two rooms in turn: who fills one has passed the barrier that came after the last look into it.
+    KLDIV_SHARED(Value, rooms, 2 * kMaxWarps<kCluster>);
+    Value* const room = rooms + turn_ * kMaxWarps<kCluster>;
+    turn_ = 1 - turn_;
+    const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp;
+    Value* const mine = room + rank_ * warps + device::thread() / device::kWarp;
+    if constexpr (kCluster) {
+      const Value to_all = device::broadcast(of_warp);
+      if (lane < blocks_) *device::of_peer(mine, lane) = to_all;
+      device::cluster_barrier();
+    } else {
+      if (lane == 0) *mine = of_warp;
+      device::barrier();
+    }
+    const int all_warps = blocks_ * warps;
+    Value value = lane < all_warps ? room[lane] : Value{};
+    KLDIV_NO_UNROLL
+    for (int i = lane + device::kWarp; i < all_warps; i += device::kWarp) value = over_lanes.two(value, room[i]);
+    return over_lanes(value, device::kWarp);
+  }
+
+  KLDIV_DEVICE int per_block() const { return device::threads() / width_; }
+
+  const int thread_, width_;
+  int rank_ = 0, blocks_ = 1;
+  int turn_ = 0;
+};
+
+}  // namespace kldiv::cuda

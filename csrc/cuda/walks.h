@@ -1,0 +1,148 @@
+// How often a row's logits are read from memory: in each of its phases (Streamed), or once, to stay on the chip until
+// the row is done (Resident).
+#pragma once
+
+#include "sides.h"
+
+namespace kldiv::cuda {
+
+// Which time it is that a row is gone through.
+enum class Pass { kFirst, kMiddle, kLast };
+
+constexpr float kNoColumn = -__builtin_inff();  // the logit, on both sides, of what pads a group
+
+// Any team, any side. What is read again soon is left in the caches.
+template <typename SideType>
+class Streamed {
+ public:
+  using Side = SideType;
+  using acc_t = typename Side::acc_t;
+  using TeamType = Team<false>;
+
+  KLDIV_DEVICE Streamed(const LogitsArgs& args, const Scaling<acc_t>&, const TeamType& team)
+      : team_(team), columns_(args.columns) {}
+
+  // `next` is the row that comes after this one, if any.
+  KLDIV_DEVICE void begin(int64_t /*next*/) const {}
+
+  // Calls body(teacher's group, student's group, place) for this thread's groups. `last`: of what is gone through again
+  // sometimes, whether it is not.
+  template <Pass pass, typename Body>
+  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, bool /*last*/, const Body& body) const {
+    constexpr Use use = pass == Pass::kLast ? Use::kOnce : Use::kAgain;
+    for_each_place<acc_t>(columns_, team_, [&](const Place& place) {
+      body(teacher.template load<use>(place, kNoColumn), student.template load<use>(place, kNoColumn), place);
+    });
+  }
+
+ private:
+  const TeamType& team_;
+  const uint32_t columns_;
+};
+
+// The blocks of a cluster hold a row in their shared memory, each thread what it is going to work on: nobody waits for
+// another's part. As soon as a group has been used for the last time, the next row's begins to move into its place.
+template <typename SideType>
+class Resident {
+ public:
+  using Side = SideType;
+  using acc_t = typename Side::acc_t;
+  using TeamType = Team<true>;
+
+  KLDIV_DEVICE Resident(const LogitsArgs& args, const Scaling<acc_t>& scaling, const TeamType& team)
+      : args_(args), scaling_(scaling), team_(team), slots_(count_places<acc_t>(args.columns, team)) {}
+
+  KLDIV_DEVICE void begin(int64_t next) {
+    next_ = next;
+    fetched_ = fetching_;
+  }
+
+  // Starts to read a row.
+  KLDIV_DEVICE void fetch(int64_t row) {
+    if (row >= args_.rows) return;
+    const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
+    fetching_ = can_fetch(teacher, student);
+    if (!fetching_) return;
+    unsigned char* slot = first_slot();
+    for_each_place<acc_t>(args_.columns, team_, [&](const Place& place) {
+      copy(teacher, student, place, slot);
+      slot += slot_bytes();
+    });
+  }
+
+  template <Pass pass, typename Body>
+  KLDIV_DEVICE void walk(const Side& teacher, const Side& student, bool last, const Body& body) {
+    unsigned char* slot = first_slot();
+    int behind = slots_;
+    const bool fetch_next = last && next_ < args_.rows;
+    const int64_t row = fetch_next ? next_ : 0;
+    const Side next_teacher(args_.teacher, scaling_.teacher, row), next_student(args_.student, scaling_.student, row);
+    if (last) fetching_ = fetch_next && can_fetch(next_teacher, next_student);
+    for_each_place<acc_t>(args_.columns, team_, [&](const Place& place) {
+      if constexpr (pass == Pass::kFirst) {
+        if (fetched_) {
+          device::await_copies(--behind);
+        } else {
+          put(slot, 0, teacher.template load<Use::kOnce>(place, kNoColumn));
+          put(slot, 1, student.template load<Use::kOnce>(place, kNoColumn));
+        }
+      }
+      const Group<acc_t> t = get(slot, 0), s = get(slot, 1);
+      body(t, s, place);
+      if constexpr (pass != Pass::kFirst) {
+        if (last && fetching_) copy(next_teacher, next_student, place, slot);
+      }
+      slot += slot_bytes();
+    });
+  }
+
+ private:
+  using scalar_t = typename Side::scalar_t;
+  using Bytes16 = device::Bytes16;
+  static constexpr int kPieces = Packed<scalar_t>::kPieces;
+
+  // Threads side by side in each step of 16 bytes.
+  KLDIV_DEVICE static unsigned char* first_slot() {
+    return device::dynamic_shared() + device::thread() * sizeof(Bytes16);
+  }
+  KLDIV_DEVICE static int piece_bytes() { return device::threads() * static_cast<int>(sizeof(Bytes16)); }
+  KLDIV_DEVICE static int slot_bytes() { return 2 * kPieces * piece_bytes(); }
+  KLDIV_DEVICE static Bytes16* piece(unsigned char* slot, int side, int i) {
+    return reinterpret_cast<Bytes16*>(slot + (side * kPieces + i) * piece_bytes());
+  }
+
+  KLDIV_DEVICE bool can_fetch(const Side& teacher, const Side& student) const {
+    return args_.columns % kGroup<acc_t> == 0 && is_aligned(teacher.at(0)) && is_aligned(student.at(0));
+  }
+
+  KLDIV_DEVICE static void copy(const Side& teacher, const Side& student, const Place& place, unsigned char* slot) {
+    KLDIV_UNROLL
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32_t column = place.first + i * Packed<scalar_t>::kPerPiece;
+      device::copy16_async(piece(slot, 0, i), teacher.at(column));
+      device::copy16_async(piece(slot, 1, i), student.at(column));
+    }
+    device::commit_copies();
+  }
+
+  KLDIV_DEVICE static Group<acc_t> get(unsigned char* slot, int side) {
+    Packed<scalar_t> packed;
+    KLDIV_UNROLL
+    for (int i = 0; i < kPieces; ++i) packed.pieces[i] = *piece(slot, side, i);
+    return packed.widened();
+  }
+  KLDIV_DEVICE static void put(unsigned char* slot, int side, const Group<acc_t>& group) {
+    const Packed<scalar_t> packed(group);
+    KLDIV_UNROLL
+    for (int i = 0; i < kPieces; ++i) *piece(slot, side, i) = packed.pieces[i];
+  }
+
+  const LogitsArgs& args_;
+  const Scaling<acc_t>& scaling_;
+  const TeamType& team_;
+  const int slots_;
+  int64_t next_ = 0;
+  bool fetched_ = false, fetching_ = false;
+};
+
+}  // namespace kldiv::cuda
