@@ -384,6 +384,142 @@ def test_infinities_and_nan(kernels: harness.Kernels) -> None:
     assert q_zero < inf and p_zero == inf and out["grad_student"][6].isnan().all()
 
 
+# ---------------------------------------------------------------- rows that stay on the chip
+
+# What matters of an H200, an RTX 5090 and an A100.
+H200 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes_per_block": 227 * 1024, "clusters": True}
+RTX_5090 = {"compute_capability": 120, "multiprocessors": 170, "shared_bytes_per_block": 99 * 1024, "clusters": True}
+A100 = {"compute_capability": 80, "multiprocessors": 108, "shared_bytes_per_block": 163 * 1024, "clusters": False}
+HALF = [torch.float16, torch.bfloat16]
+# A vocabulary in one block, in clusters, with and without parts of a group.
+RESIDENT_COLUMNS = (1032, 5003, 8192, 20_008)
+
+
+def test_shapes_of_resident_rows(kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks per cluster for real vocabularies; as many clusters as fit, however many rows there are."""
+    kernels.set_device(**H200)  # type: ignore[arg-type]
+    clusters = {
+        torch.bfloat16: {1024: 0, 1025: 1, 12_288: 1, 32_000: 2, 50_257: 4, 128_256: 8, 151_936: 8, 262_144: 16},
+        torch.float32: {4096: 1, 32_000: 4, 50_257: 8, 128_256: 16, 151_936: 16, 262_144: 16, 500_000: 0},
+    }
+    for dtype, expected in clusters.items():
+        for columns, cluster in expected.items():
+            blocks, threads, per_cluster, shared = kernels.resident_shape(10_000, columns, dtype)
+            assert per_cluster * (blocks > 0) == cluster, (dtype, columns, per_cluster)
+            if cluster == 0:
+                continue
+            assert threads == 256 and blocks % cluster == 0
+            assert shared * cluster >= 2 * columns * dtype.itemsize
+            per_multiprocessor = H200["shared_bytes_per_block"] // (shared + 14 * 1024)
+            assert 1 <= per_multiprocessor and 132 * min(per_multiprocessor, 2) - cluster < blocks <= 132 * 2
+            assert kernels.resident_shape(1, columns, dtype) == (cluster, threads, cluster, shared)
+    kernels.set_device(**RTX_5090)  # type: ignore[arg-type]
+    sizes = {1032: 1, 32_000: 4, 128_256: 8, 262_144: 0}
+    assert {v: kernels.resident_shape(99, v, torch.bfloat16)[2] * (v < 2e5) for v in sizes} == sizes
+    kernels.set_device(**A100)  # type: ignore[arg-type]
+    assert kernels.resident_shape(99, 32_000, torch.bfloat16)[0] == 0
+    kernels.set_device(**H200)  # type: ignore[arg-type]
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "portable")
+    assert kernels.resident_shape(99, 32_000, torch.bfloat16)[0] == 0
+
+
+def test_shapes_of_streamed_rows(kernels: harness.Kernels) -> None:
+    """Every row has its threads, and a block takes several rows only where they are short."""
+    for dtype in DTYPES:
+        for columns in (1, 64, 65, 128, 256, 257, 1024, 65_536, 65_537, 10**7):
+            for rows in (1, 3, 100, 10**6):
+                blocks, threads, width = kernels.row_shape(rows, columns, dtype)
+                assert threads % width == 0 and threads % 32 == 0 and width in (8, 16, 32, 64, 128, 256, 512)
+                assert threads == width or width <= 32
+                assert blocks == min(-(-rows * width // threads), 65_536)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
+def test_resident_rows(kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
+    """Against the reference, with more rows than clusters, and to the same bits however many of these there are."""
+    arguments = {"divergence": divergence, "parameter": parameter, "temperature": 1.5, "scale": 0.7}
+    for i, columns in enumerate(RESIDENT_COLUMNS):
+        kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+        kernels.set_order(*ORDERS[i])
+        blocks, _, cluster, _ = kernels.resident_shape(5, columns, dtype)
+        assert 0 < blocks // cluster < 5
+        student, teacher = logits(5, columns, dtype)
+        losses, grad_student, grad_teacher = oracle(student, teacher, divergence, parameter, 1.5)
+        forward = kernels.distillation(student, teacher, **arguments)
+        torch.testing.assert_close(forward["row_loss"].double(), 0.7 * losses, rtol=1e-5, atol=1e-9)
+        both = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, reduce=True, **arguments)
+        assert torch.equal(both["row_loss"], forward["row_loss"])
+        assert_gradient(both["grad_student"], 0.7 * grad_student)
+        assert_gradient(both["grad_teacher"], 0.7 * grad_teacher)
+        alone = kernels.distillation(student, teacher, grad_student=True, **arguments)
+        assert torch.equal(alone["grad_student"], both["grad_student"])
+        one = torch.ones([])
+        later = kernels.distillation_backward(one, student, teacher, forward["row_constants"], **arguments)
+        assert torch.equal(later["grad_student"], both["grad_student"])
+        kernels.set_device(**H200)  # type: ignore[arg-type]
+        again = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, reduce=True, **arguments)
+        assert_same(again, both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("columns", [2051, 2056])
+def test_resident_rows_by_their_options(kernels: harness.Kernels, columns: int, dtype: torch.dtype) -> None:
+    """Positions that do not count between others, labels, padding, a label that is none, broken rows, any address."""
+    kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+    rows, valid = 9, columns - 3 if columns % 8 else columns - 8
+    student, teacher = logits(rows, columns, dtype)
+    student[:, valid:] = torch.nan
+    row_scale = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 0.5, 1.0, 1.0, 0.0])
+    dead = row_scale == 0
+    student[dead] = torch.nan
+    labels = torch.tensor([7, 0, 7, 7, valid - 1, valid, 11, 3, 7])
+    student[7, 5] = torch.nan
+    arguments: dict[str, Any] = {
+        "divergence": "jsd",
+        "parameter": 0.3,
+        "temperature": 2.0,
+        "hard_scale": 0.4,
+        "labels": labels,
+        "row_scale": row_scale,
+        "valid_vocab": valid,
+    }
+    fine = torch.tensor([1, 4, 6])
+    leaves = [z[fine].double().requires_grad_() for z in (student, teacher)]
+    sides = [reference.effective_logits(z, 1.0, 0.0, valid) for z in leaves]
+    losses = reference.weighted_losses(*sides, labels[fine], 1.0, 0.4, "jsd", 0.3, 2.0) * row_scale[fine]
+    gradients = torch.autograd.grad(losses.sum(), leaves)
+    expected = None
+    for offset in (0, 1):
+        out = kernels.distillation(
+            placed(student, offset),
+            placed(teacher, offset),
+            grad_student=True,
+            grad_teacher=True,
+            offset=offset,
+            **arguments,
+        )
+        torch.testing.assert_close(out["row_loss"][fine].double(), losses.detach(), rtol=1e-5, atol=1e-9)
+        for name, gradient in zip(("grad_student", "grad_teacher"), gradients, strict=True):
+            assert_gradient(out[name][fine], gradient)
+            assert (out[name][dead] == 0).all()
+            assert out[name][7, :valid].isnan().all() and (out[name][:, valid:] == 0).all()
+        assert out["grad_student"][5, :valid].isnan().all()
+        assert (out["row_loss"][dead] == 0).all() and out["row_loss"][[5, 7]].isnan().all()
+        expected = expected or out
+        assert_same(out, expected)
+
+
+def test_resident_and_streamed_rows_agree(kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.set_device(**H200)  # type: ignore[arg-type]
+    student, teacher = logits(3, 4104, torch.float32, 1e-2)
+    resident = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "portable")
+    streamed = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)
+    torch.testing.assert_close(resident["row_loss"], streamed["row_loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(resident["grad_student"], streamed["grad_student"], rtol=1e-4, atol=1e-9)
+
+
 def test_more_rows_than_blocks(kernels: harness.Kernels) -> None:
     """Almost none of them count, or it would take minutes."""
     rows = 65_536 + 10

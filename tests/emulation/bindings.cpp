@@ -1,9 +1,12 @@
 // The kernels' entry points for ctypes. Each returns null or what went wrong.
+#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 #include "args.h"
 #include "cuda/launch.h"
+#include "cuda/shapes.h"
 #include "fibers.h"
 
 namespace {
@@ -35,6 +38,19 @@ void emulated_set_order(int order, uint32_t seed) {
 void emulated_set_device(int compute_capability, int multiprocessors, int64_t shared_bytes_per_block, bool clusters) {
   kldiv::emulation::set_properties(
       {compute_capability, multiprocessors, static_cast<size_t>(shared_bytes_per_block), clusters});
+}
+
+// What a launch over so many rows looks like on the present device: blocks, threads, cluster, bytes of shared memory.
+void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes, int64_t* shape) {
+  const auto& [blocks, threads, cluster, bytes] =
+      kldiv::cuda::resident_shape(kldiv::device::properties(), rows, columns, static_cast<size_t>(scalar_bytes));
+  std::copy_n(std::initializer_list<int64_t>{blocks, threads, cluster, static_cast<int64_t>(bytes)}.begin(), 4, shape);
+}
+// And, where rows are streamed: blocks, threads, and how many threads share a row.
+void emulated_row_shape(int64_t rows, int64_t columns, int wide, int64_t* shape) {
+  const auto [launch, width] =
+      wide ? kldiv::cuda::row_shape<double>(rows, columns) : kldiv::cuda::row_shape<float>(rows, columns);
+  std::copy_n(std::initializer_list<int64_t>{launch.blocks, launch.threads, width}.begin(), 3, shape);
 }
 
 const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,

@@ -167,6 +167,18 @@ class Kernels:
             *map(_c, (compute_capability, multiprocessors, shared_bytes_per_block, clusters))
         )
 
+    def resident_shape(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+        """Blocks, threads, blocks per cluster and bytes of shared memory; no blocks where rows are streamed."""
+        shape = (ctypes.c_int64 * 4)()
+        self.library.emulated_resident_shape(*map(_c, (rows, columns, dtype.itemsize)), shape)
+        return tuple(shape)  # type: ignore[return-value]
+
+    def row_shape(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Blocks, threads, and how many threads share a row, where rows are streamed."""
+        shape = (ctypes.c_int64 * 3)()
+        self.library.emulated_row_shape(*map(_c, (rows, columns, dtype == torch.float64)), shape)
+        return tuple(shape)  # type: ignore[return-value]
+
     def _call(self, name: str, *arguments: Any) -> None:
         function: Callable[..., bytes | None] = self.library[name]
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
