@@ -221,7 +221,7 @@ def test_every_promise_is_checked(
     monkeypatch.setattr(kldiv_ext, "distillation_loss", lambda *args, **options: change(right(*args, **options)))
     problem = Problem("distillation_loss", "jsd", accuracy.ROWS, 1000, torch.float32, "cpu")
     pairs = {level: accuracy.make_pair(level, 1000, torch.float32, "cpu")}
-    records = list(accuracy.measure(problem, pairs, quick=True))
+    records = list(accuracy.measure(problem, pairs, ["kldiv_ext", "eager"]))
     assert [record["contender"] for record in records] == ["kldiv_ext", "eager"]
     assert records[0]["status"] == status
 
