@@ -155,9 +155,7 @@ def verify(name: str, step: Step, expected: Expected, device: str) -> dict[str, 
         step.reset()
         message = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if device == "cuda":
-            del error
             torch.cuda.synchronize()  # raises where the device is lost, and nothing after this can be measured
-            torch.cuda.empty_cache()
         return {"status": message}
     gradients = [error for error in (found.gradient, found.teacher_gradient) if error is not None]
     # Comparisons are written so that NaN is wrong.
@@ -165,14 +163,13 @@ def verify(name: str, step: Step, expected: Expected, device: str) -> dict[str, 
     if name == "kldiv_ext":  # the loss within its own dtype's rounding if that is coarser
         right = found.loss <= max(LOSS_PROMISE, found.loss_eps)
         right = right and all(error <= GRADIENT_PROMISE for error in gradients)
-    verdict = {
+    of_teacher = {} if found.teacher_gradient is None else {"teacher_grad_error": finite(found.teacher_gradient)}
+    return {
         "loss_error": finite(found.loss),
         "grad_error": finite(found.gradient),
+        **of_teacher,
         "status": "ok" if right else "WRONG",
     }
-    return (
-        verdict if found.teacher_gradient is None else {**verdict, "teacher_grad_error": finite(found.teacher_gradient)}
-    )
 
 
 def finite(value: float | None) -> float | None:
@@ -201,6 +198,7 @@ def run(chosen: list[Task], args: argparse.Namespace, bandwidth: float | None, r
         if spent > args.limit:
             rest = [f"{task.problem} {','.join(task.modes)}" for task in chosen[done:]]
             report["left_out"] |= {"problems": {"reason": f"the limit of {args.limit:g} s", "those": rest}}
+            save(report, args.json)
             break
         if spent > args.limit / 2:  # or those that take long would leave the others no time
             task, slow = without_slow(task)
@@ -211,13 +209,17 @@ def run(chosen: list[Task], args: argparse.Namespace, bandwidth: float | None, r
         except Exception as error:
             report["failures"].append(f"{task.problem}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             print(report["failures"][-1], file=sys.stderr, flush=True)
-        if args.json:  # after every problem: a run that is cut short keeps what it has
-            args.json.write_text(dumps(report, "results"))
+        save(report, args.json)  # after every problem: a run that is cut short keeps what it has
         if args.device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()  # raises where the device is lost
         if progress.disable:
             print(f"{time.perf_counter() - begin:6.1f} s  {done + 1}/{len(chosen)}  {task.problem}", flush=True)
+
+
+def save(report: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(dumps(report, "results"))
 
 
 def without_slow(task: Task) -> tuple[Task, list[str]]:
