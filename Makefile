@@ -5,7 +5,7 @@ FUZZ_SECONDS ?= 1200
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz lint benchmark test-matrix sanitize clean
+.PHONY: demo test fuzz lint benchmark gpu test-matrix sanitize clean
 
 # Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext.
 demo: $(STAMP)
@@ -29,6 +29,10 @@ benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
 	$(BIN)/python -m benchmarks.accuracy --json benchmarks/results/accuracy-$(shell date +%F).json
 	$(BIN)/python -m benchmarks.report
+
+# All that needs a GPU, in under ten minutes: tests, compute-sanitizer, measurements; then the tables and the plots.
+gpu: $(STAMP)
+	PYTHON=$(abspath $(BIN))/python benchmarks/gpu.sh build/gpu build tests sanitize benchmark accuracy report
 
 # One wheel, built once, tested under the oldest and the newest torch.
 test-matrix: $(STAMP)

@@ -1,7 +1,6 @@
 """Errors against fp64, from unrelated pairs to nearly equal ones: `python -m benchmarks.accuracy`."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -14,10 +13,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import kldiv_ext
 from benchmarks import report_accuracy
-from benchmarks.contenders import CONTENDERS, TEMPERATURE, Loss, Problem, liger_missing, reference
+from benchmarks.contenders import CONTENDERS, SLOW_TO_BUILD, TEMPERATURE, Expected, Loss, Problem, missing, reference
 from benchmarks.measure import Step
 from benchmarks.promises import describe, gradient_promise, loss_promise, missed
-from benchmarks.provenance import provenance
+from benchmarks.provenance import dumps, provenance
+from benchmarks.suites import names_of
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -58,15 +58,15 @@ def make_pair(level: float, vocab: int, dtype: torch.dtype, device: str) -> tupl
     return student.requires_grad_(), teacher, kl
 
 
-def contenders(problem: Problem, quick: bool) -> dict[str, Loss]:
-    """Those that have something for this problem."""
+def contenders(problem: Problem, names: list[str]) -> dict[str, Loss]:
+    """Those of the names that have something for this problem."""
     chosen = {}
-    for name, build in CONTENDERS.items():
-        if name.startswith("compile") and (quick or problem.divergence not in COMPILED):
+    for name in names:
+        if name in SLOW_TO_BUILD and problem.divergence not in COMPILED:
             continue
         if problem.dtype == torch.float64 and name != "kldiv_ext":
             continue
-        loss = build(problem)
+        loss = CONTENDERS[name](problem)
         if loss is not None:
             chosen[name] = loss
     return chosen
@@ -94,7 +94,7 @@ def row_errors(gradient: Tensor, exact: Tensor) -> Tensor:
     return torch.where(error == 0, 0, error / torch.linalg.vector_norm(exact, dim=-1))
 
 
-def compare(name: str, step: Step, expected: tuple[float, Tensor], problem: Problem) -> dict[str, Any]:
+def compare(name: str, step: Step, expected: Expected, problem: Problem) -> dict[str, Any]:
     """Errors, and a status: ok, missed (a promise of kldiv_ext), not finite, or why the contender could not run."""
     try:
         loss, gradient = run(step, expected[1].abs().max().item())
@@ -131,10 +131,10 @@ def rounded(value: float) -> float | None:
 
 
 def measure(
-    problem: Problem, pairs: dict[float, tuple[Tensor, Tensor, float]], quick: bool
+    problem: Problem, pairs: dict[float, tuple[Tensor, Tensor, float]], names: list[str]
 ) -> Iterator[dict[str, Any]]:
     """One record for each pair and contender."""
-    losses = contenders(problem, quick)
+    losses = contenders(problem, names)
     if "compile" in losses:
         torch.compiler.reset()  # or the recompile limit would turn later problems into eager ones
     for level, (student, teacher, kl) in pairs.items():
@@ -152,47 +152,52 @@ def measure(
             }
 
 
-def dumps(report: dict[str, Any]) -> str:
-    """As JSON, one line for each of the many records."""
-    records = ",\n".join("  " + json.dumps(record, allow_nan=False) for record in report["accuracy"])
-    head = json.dumps({**report, "accuracy": []}, indent=1)
-    return head.replace('"accuracy": []', f'"accuracy": [\n{records}\n ]') + "\n"
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="a small vocabulary, three levels, no torch.compile")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--contenders", type=names_of(tuple(CONTENDERS)), help=f"of {','.join(CONTENDERS)}; default all"
+    )
+    args = parser.parse_args(argv)
+    chosen = args.contenders or [name for name in CONTENDERS if not args.quick or name not in SLOW_TO_BUILD]
+    args.contenders = list(dict.fromkeys(["kldiv_ext", *chosen]))
+    return args
+
+
+def left_out(args: argparse.Namespace) -> dict[str, str]:
+    """Who is not in the results, and why."""
+    unasked = {name: "not asked for" for name in CONTENDERS if name not in args.contenders}
+    return unasked | missing(args.device)
 
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     vocabularies, levels = ((1000,), (1.0, 1e-3, 1e-6)) if args.quick else (VOCABULARIES, LEVELS)
-    left_out = {"liger": reason} if (reason := liger_missing(args.device)) else {}
     report: dict[str, Any] = {
         **provenance(" ".join(["python -m benchmarks.accuracy", *argv]), args.device),
         "temperature": TEMPERATURE,
         "rows": ROWS,
-        "left_out": left_out,
+        "left_out": left_out(args),
         "accuracy": [],
     }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     records = report["accuracy"]
-    progress = tqdm(total=len(DTYPES) * len(vocabularies) * len(kldiv_ext.DIVERGENCES), unit="problem")
+    total = len(DTYPES) * len(vocabularies) * len(kldiv_ext.DIVERGENCES)
+    progress = tqdm(total=total, unit="problem", disable=None)
     for dtype in DTYPES.values():
         for vocab in vocabularies:
             pairs = {level: make_pair(level, vocab, dtype, args.device) for level in levels}
             for divergence in kldiv_ext.DIVERGENCES:
                 problem = Problem("distillation_loss", divergence, ROWS, vocab, dtype, args.device)
                 progress.set_description(str(problem))
-                records += measure(problem, pairs, args.quick)
+                records += measure(problem, pairs, args.contenders)
                 progress.update()
                 if args.json:  # after every problem: a run that is cut short keeps what it has
-                    args.json.write_text(dumps(report))
+                    args.json.write_text(dumps(report, "accuracy"))
     progress.close()
     print(*(make(report) for make in report_accuracy.TABLES.values()), sep="\n\n")
     broken = missed(records)

@@ -1,9 +1,13 @@
 """The problems that are measured and the table of contenders that solve them."""
 
+import functools
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ BETA, SKEW, ALPHA = 0.5, 0.1, 0.5
 # The variants of op "kl_div"; op "distillation_loss" has kldiv_ext.DIVERGENCES.
 LOG_TARGETS = ("log_target=False", "log_target=True")
 # Elements that the fp64 reference takes at a time, so that its memory does not limit the shapes.
-REFERENCE_CHUNK = 2**23
+REFERENCE_CHUNK = {"cpu": 2**23, "cuda": 2**25}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,22 +62,33 @@ def make_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
     return student.to(problem.dtype).requires_grad_(), teacher.to(problem.dtype)
 
 
-def reference(problem: Problem, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
-    """Loss and student gradient (stored as fp32, or as fp64 for fp64) in fp64 from the rounded inputs."""
+class Expected(NamedTuple):
+    """Loss and gradients in fp64 from the rounded inputs; the gradients are stored as fp32, or as fp64 for fp64."""
+
+    loss: float
+    gradient: Tensor
+    teacher_gradient: Tensor | None
+
+
+def reference(problem: Problem, student: Tensor, teacher: Tensor, of_teacher: bool = False) -> Expected:
+    """What is right; the teacher's gradient on request."""
     loss = 0.0
-    gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
-    step = max(1, REFERENCE_CHUNK // problem.vocab)
+    storage = torch.promote_types(student.dtype, torch.float32)
+    gradients = [torch.empty_like(logits, dtype=storage) for logits in (student, teacher)[: 1 + of_teacher]]
+    step = max(1, REFERENCE_CHUNK[problem.device] // problem.vocab)
     for start in range(0, problem.rows, step):
         s = student[start : start + step].detach().double().requires_grad_()
-        t = teacher[start : start + step].double()
+        t = teacher[start : start + step].detach().double().requires_grad_(of_teacher)
         if problem.op == "kl_div":
             part = kldiv_ext.reference.kl_div(s, t, reduction="sum", log_target=problem.log_target)
         else:
             part = kldiv_ext.reference.distillation_loss(s, t, reduction="sum", **_options(problem))
         part = part / problem.rows
-        (gradient[start : start + step],) = torch.autograd.grad(part, s)
+        found = torch.autograd.grad(part, (s, t)[: 1 + of_teacher])
+        for gradient, rows in zip(gradients, found, strict=True):
+            gradient[start : start + step] = rows
         loss += part.item()
-    return loss, gradient
+    return Expected(loss, gradients[0], gradients[1] if of_teacher else None)
 
 
 def _options(problem: Problem) -> dict[str, Any]:
@@ -182,31 +197,88 @@ def _compiled(build: Callable[[Problem], Loss | None]) -> Callable[[Problem], Lo
     return build_compiled
 
 
+ON_CUDA_ALONE = "its kernels are Triton's and run on a GPU alone"
+
+
 def liger_missing(device: str) -> str | None:
     """Why Liger-Kernel cannot take part."""
-    if device != "cuda":
-        return "its kernels are Triton's and run on a GPU alone"
-    return None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+    return ON_CUDA_ALONE if device != "cuda" else _import_error(_liger_losses)
+
+
+def speculators_missing(device: str) -> str | None:
+    """Why the losses of speculators cannot take part."""
+    return ON_CUDA_ALONE if device != "cuda" else _import_error(_speculators_losses)
+
+
+def missing(device: str) -> dict[str, str]:
+    """Those of CONTENDERS that cannot take part, and why.
+
+    QuACK's cross entropy would be a yardstick for a kernel over rows; what it is compiled by (nvidia-cutlass-dsl) is
+    over 100 MB of wheels, and it has no divergence.
+    """
+    reasons = {"liger": liger_missing(device), "speculators": speculators_missing(device)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _import_error(load: Callable[[], Any]) -> str | None:
+    try:
+        load()
+    except Exception as error:  # whatever its import does here
+        return f"its import fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _liger_losses() -> Any:
+    return importlib.import_module("liger_kernel.transformers")
+
+
+@functools.cache
+def _speculators_losses() -> Any:
+    """Its module of fused losses without the packages around it, whose imports want all that a trainer needs."""
+    spec = importlib.util.find_spec("speculators")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("speculators is not installed")
+    folder = next(iter(spec.submodule_search_locations))
+    for name in ("speculators", "speculators.utils"):
+        hollow = ModuleType(name)
+        hollow.__path__ = [folder + name.removeprefix("speculators").replace(".", "/")]
+        sys.modules.setdefault(name, hollow)
+    return importlib.import_module("speculators.losses.fused")
 
 
 def _liger(problem: Problem) -> Loss | None:
     """Liger-Kernel takes (log-)probabilities, so from logits PyTorch's softmaxes come first."""
     if liger_missing(problem.device):
         return None
-    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss, LigerTVDLoss  # type: ignore[import-not-found]
-
-    kl: Loss = LigerKLDIVLoss(reduction="batchmean", log_target=problem.log_target)
+    liger = _liger_losses()
+    kl: Loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=problem.log_target)
     if problem.op == "kl_div":
         return kl
     if problem.divergence == "forward_kl":
         return lambda s, t: kl(_log_softmax(s), _softmax(t))
     if problem.divergence == "total_variation":
-        tvd = LigerTVDLoss()
+        tvd = liger.LigerTVDLoss()
         return lambda s, t: tvd(_softmax(s), _softmax(t))
     if problem.divergence in ("jsd", "reverse_kl"):  # its JSD at beta 1 is reverse KL
-        jsd = LigerJSD(beta=BETA if problem.divergence == "jsd" else 1.0)
+        jsd = liger.LigerJSD(beta=BETA if problem.divergence == "jsd" else 1.0)
         return lambda s, t: jsd(_log_softmax(s), _log_softmax(t))
     return None
+
+
+SPECULATORS = {
+    "forward_kl": "fused_kl_div_loss",
+    "reverse_kl": "fused_reverse_kl_div_loss",
+    "jsd": "fused_js_div_loss",  # of equal halves, as BETA has it
+    "total_variation": "fused_tv_loss",
+}
+
+
+def _speculators(problem: Problem) -> Loss | None:
+    """The fused losses of vLLM's speculators, per row of [1, rows, V] logits at temperature 1: divided before."""
+    if problem.op == "kl_div" or problem.divergence not in SPECULATORS or speculators_missing(problem.device):
+        return None
+    loss: Loss = getattr(_speculators_losses(), SPECULATORS[problem.divergence])
+    return lambda s, t: loss((s / TEMPERATURE)[None], (t / TEMPERATURE)[None]).mean()
 
 
 # A contender gives its loss for a problem, or None where it has nothing for it.
@@ -217,4 +289,9 @@ CONTENDERS: dict[str, Callable[[Problem], Loss | None]] = {
     "compile": _compiled(_eager),
     "compile_float": _compiled(_eager_float),
     "liger": _liger,
+    "speculators": _speculators,
 }
+# They take seconds for every new problem: to compile, or to try their settings.
+SLOW_TO_BUILD = ("compile", "compile_float", "speculators")
+# They take the teacher for a constant.
+NO_TEACHER_GRADIENT = ("liger", "speculators")

@@ -6,66 +6,103 @@ import gc
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Loss
+from benchmarks.contenders import Expected, Loss
+from benchmarks.modes import SMALL
 
 # What a GradScaler does: fp16 gradients of a mean over rows are too small to be stored unscaled.
 GRAD_SCALE = {torch.float16: 2.0**15}
-COPY_BYTES = 2**29
+COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}
 L2_FLUSH_BYTES = 2**28
+# Written so often before what is timed: longer than the launches take, which then wait behind it and do not show.
+L2_FLUSHES = 8
+SMALL_CALLS = 50  # in a row, on a GPU, as a user sees them
+TIMERS = {
+    "cpu": "wall clock of single calls",
+    "events": "CUDA events around single calls that are launched in advance, cold L2 cache",
+    "calls": f"wall clock of {SMALL_CALLS} calls in a row and one synchronization, over their number",
+}
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Step:
-    """One run of a contender: the loss alone, or the loss and its backward."""
+    """One run of a contender: the loss alone, or `factor` times the loss and its backward."""
 
-    def __init__(self, loss: Loss, student: Tensor, teacher: Tensor, backward: bool) -> None:
-        self.loss, self.student, self.teacher, self.backward = loss, student, teacher, backward
+    def __init__(self, loss: Loss, student: Tensor, teacher: Tensor, backward: bool, factor: float = 1.0) -> None:
+        self.loss, self.student, self.teacher, self.backward, self.factor = loss, student, teacher, backward, factor
         self.scale = GRAD_SCALE.get(student.dtype, 1.0)
 
     def reset(self) -> None:
-        """Free the last gradient, so that every run allocates its own."""
-        self.student.grad = None
+        """Free the last gradients, so that every run allocates its own."""
+        self.student.grad = self.teacher.grad = None
 
     def __call__(self) -> Tensor:
         if not self.backward:
             with torch.no_grad():
                 return self.loss(self.student, self.teacher)
         loss = self.loss(self.student, self.teacher)
-        torch.autograd.backward(loss, None if self.scale == 1 else torch.full_like(loss, self.scale))
+        scaled = loss if self.factor == 1 else loss * self.factor
+        torch.autograd.backward(scaled, None if self.scale == 1 else torch.full_like(scaled, self.scale))
         return loss
 
 
-def errors(step: Step, expected: tuple[float, Tensor]) -> tuple[float, float | None, float]:
-    """Relative error of the loss, relative L2 error of the gradient, eps of the loss's dtype.
+class Errors(NamedTuple):
+    """Relative error of the loss, relative L2 errors of the gradients that there are, eps of the loss's dtype."""
 
-    Without backward the gradient's error is None.
-    """
+    loss: float
+    gradient: float | None
+    teacher_gradient: float | None
+    loss_eps: float
+
+
+def errors(step: Step, expected: Expected) -> Errors:
+    """How far a step is from what is right."""
     step.reset()
     loss = step()
     eps = torch.finfo(loss.dtype).eps
-    loss_error = abs(loss.item() - expected[0]) / abs(expected[0])
+    loss_error = abs(loss.item() - expected.loss) / abs(expected.loss)
     if not step.backward:
-        return loss_error, None, eps
-    assert step.student.grad is not None
-    gradient = step.student.grad.float() / step.scale
+        return Errors(loss_error, None, None, eps)
+    found, of_teacher = step.student.grad, step.teacher.grad
     step.reset()
-    difference = torch.linalg.vector_norm(gradient.sub_(expected[1]))
-    return loss_error, (difference / torch.linalg.vector_norm(expected[1])).item(), eps
+    if found is None or (step.teacher.requires_grad and of_teacher is None):
+        raise RuntimeError("a gradient is missing")
+    scale = step.scale * step.factor
+    gradient_error = _gradient_error(found, expected.gradient, scale)
+    if of_teacher is None:
+        return Errors(loss_error, gradient_error, None, eps)
+    assert expected.teacher_gradient is not None
+    return Errors(loss_error, gradient_error, _gradient_error(of_teacher, expected.teacher_gradient, scale), eps)
 
 
-def time_steps(steps: dict[str, Step], device: str, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every step, run in rounds so that noise meets all of them alike.
+def _gradient_error(found: Tensor, expected: Tensor, scale: float) -> float:
+    difference = torch.linalg.vector_norm((found.float() / scale).sub_(expected))
+    return (difference / torch.linalg.vector_norm(expected)).item()
+
+
+def timer_name(device: str, logits: int) -> str:
+    """Which of TIMERS is for so many logits."""
+    if device == "cpu":
+        return "cpu"
+    return "calls" if logits < SMALL else "events"
+
+
+def time_steps(
+    steps: dict[str, Step], device: str, repeats: int, seconds: float, how: str | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of every step, run in rounds so that noise meets all of them alike; `how` is one of TIMERS.
 
     Stops after `repeats` rounds, or after `seconds` if there were at least three. A new order in
     every round keeps one contender from always following the same other.
     """
-    timer = _CudaTimer() if device == "cuda" else _cpu_timer
+    timer = _make_timer(how or ("events" if device == "cuda" else "cpu"))
     for step in steps.values():  # warm up
         timer(step)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -81,6 +118,12 @@ def time_steps(steps: dict[str, Step], device: str, repeats: int, seconds: float
     return times
 
 
+def _make_timer(name: str) -> Callable[[Step], float]:
+    if name == "events":
+        return _CudaTimer()
+    return _calls_timer if name == "calls" else _cpu_timer
+
+
 def _cpu_timer(step: Step) -> float:
     step.reset()
     start = time.perf_counter()
@@ -88,8 +131,18 @@ def _cpu_timer(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def _calls_timer(step: Step) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(SMALL_CALLS):
+        step.reset()
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / SMALL_CALLS
+
+
 class _CudaTimer:
-    """Event times with a cold L2; writing over it also hides the launch of the first kernel."""
+    """Event times with a cold L2; writing over it also hides the launches."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -98,7 +151,8 @@ class _CudaTimer:
         step.reset()
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.flush.zero_()
+        for _ in range(L2_FLUSHES):
+            self.flush.zero_()
         start.record()
         step()
         end.record()
@@ -116,7 +170,8 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second, read plus written, of a large `copy_`: the limit that shares refer to."""
-    source = torch.ones(COPY_BYTES, dtype=torch.int8, device=device)
+    count = COPY_BYTES[device]
+    source = torch.ones(count, dtype=torch.int8, device=device)
     target = torch.ones_like(source)
 
     def copy(_student: Tensor, _teacher: Tensor) -> Tensor:
@@ -124,7 +179,7 @@ def copy_bandwidth(device: str) -> float:
 
     step = Step(copy, torch.empty(0), torch.empty(0), backward=False)
     times = time_steps({"copy": step}, device, repeats=20, seconds=10)["copy"]
-    return 2 * COPY_BYTES / (statistics.median(times) / 1e3)
+    return 2 * count / (statistics.median(times) / 1e3)
 
 
 def peak_extra_bytes(step: Step, device: str) -> int | None:
@@ -133,7 +188,6 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     The gradient that the run returns is part of it.
     """
     step.reset()
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -141,6 +195,7 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
     # Give freed heap memory back to the system, or reusing it would not show (glibc only).
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -56,7 +57,7 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "kldiv_ext": kldiv_ext.__version__,
     }
-    for package in ("torch", "triton", "liger_kernel"):
+    for package in ("torch", "triton", "liger_kernel", "speculators"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -65,10 +66,17 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where files differ from it."""
+    """The commit of this checkout, with "-dirty" where files differ from it; of a copy without history, $COMMIT."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
     return done.stdout.strip()
+
+
+def dumps(report: dict[str, Any], key: str) -> str:
+    """As JSON, one line for each of the many records under the key."""
+    records = ",\n".join("  " + json.dumps(record, allow_nan=False) for record in report[key])
+    head = json.dumps({**report, key: []}, indent=1)
+    return head.replace(f'"{key}": []', f'"{key}": [\n{records}\n ]') + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_accuracy
+from benchmarks.modes import FEW_MODES, SMALL
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -42,22 +43,32 @@ def _is_forward_kl(row: Row) -> bool:
 
 def _is_small(row: Row) -> bool:
     """So few logits that what a call costs by itself counts."""
-    return int(row["rows"] * row["vocab"]) < 2**20
+    return int(row["rows"] * row["vocab"]) < SMALL
+
+
+def _contender(row: Row) -> str:
+    return str(row["contender"])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Which rows of a run a table shows, what labels its lines, and what its cells say."""
+    """Which rows of a run a table shows, what labels its lines and columns, and what its cells say."""
 
     select: Select
     labels: tuple[str, ...]
     cell: Callable[[Row], str]
     last_column: tuple[str, Callable[[Row], str]] | None
     caption: str
+    column: Callable[[Row], str] = _contender
+
+
+def _few(rows: list[Row]) -> list[Row]:
+    """What fits a page: the modes and dtypes that are used most."""
+    return [row for row in rows if row["mode"] in FEW_MODES and row["dtype"] != "float16"]
 
 
 def _summary(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if _is_forward_kl(row) and not _is_small(row)]
+    return [row for row in _few(rows) if _is_forward_kl(row) and not _is_small(row)]
 
 
 def _backward(rows: list[Row]) -> list[Row]:
@@ -70,7 +81,7 @@ def _summary_backward(rows: list[Row]) -> list[Row]:
 
 def _divergences(rows: list[Row]) -> list[Row]:
     """All divergences of the first shape and dtype that more than forward_kl was measured for."""
-    rows = [row for row in rows if row["op"] == "distillation_loss"]
+    rows = [row for row in _few(rows) if row["op"] == "distillation_loss"]
     for first in rows:
         if not _is_forward_kl(first):
             return [row for row in rows if _setting(row) == _setting(first)]
@@ -82,11 +93,35 @@ def _divergences_backward(rows: list[Row]) -> list[Row]:
 
 
 def _kl_div(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["op"] == "kl_div" and not _is_small(row)]
+    return [row for row in _few(rows) if row["op"] == "kl_div" and not _is_small(row)]
 
 
 def _small(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if _is_small(row) and row["dtype"] == "float32"]
+    return [
+        row
+        for row in _few(rows)
+        if _is_small(row) and row["dtype"] == "float32" and (row["op"] == "kl_div" or _is_forward_kl(row))
+    ]
+
+
+def _small_bfloat16(rows: list[Row]) -> list[Row]:
+    return _small([{**row, "dtype": "float32"} for row in rows if row["dtype"] == "bfloat16"])
+
+
+def _modes(rows: list[Row]) -> list[Row]:
+    """All ways to differentiate, of the divergences and the dtype that have rivals in all of them."""
+    chosen = [row for row in rows if row["mode"] != "forward" and row["dtype"] == "bfloat16" and not _is_small(row)]
+    return [row for row in chosen if row["op"] == "distillation_loss" and row["divergence"] in ("forward_kl", "jsd")]
+
+
+def _shares(dtype: str) -> Select:
+    """Every large problem of kldiv_ext in that dtype."""
+
+    def select(rows: list[Row]) -> list[Row]:
+        rows = [row for row in rows if row["contender"] == "kldiv_ext" and row["dtype"] == dtype]
+        return [row for row in rows if not _is_small(row)]
+
+    return select
 
 
 def _setting(row: Row) -> tuple[int, int, str]:
@@ -107,11 +142,44 @@ TABLES = {
         ("of which the gradient", lambda row: f"{_number(row['gradient_bytes'] / 1e6)} MB"),
         "Peak memory of forward and backward beyond the two inputs.",
     ),
+    "small-bfloat16": Table(_small_bfloat16, ("divergence", "shape", "mode"), _time_cell, None, _TIMES),
+    "modes": Table(_modes, ("divergence", "shape", "dtype", "mode"), _time_cell, _SHARE, _TIMES),
+    **{
+        f"shares-{dtype}": Table(
+            _shares(dtype),
+            ("divergence", "mode"),
+            lambda row: f"{row['share']:.0%}",
+            None,
+            f"Share of copy bandwidth that kldiv_ext reaches in {dtype}, counted at the fewest bytes.",
+            column=lambda row: f"{row['rows']} x {row['vocab']}",
+        )
+        for dtype in ("bfloat16", "float16", "float32")
+    },
+}
+# What a device's table "all" is made of.
+ALL = {
+    "divergences": "All divergences",
+    "modes": "With a gradient from above that is not 1, and with the teacher's gradient as well",
+    "shares-bfloat16": "bf16",
+    "shares-float16": "fp16",
+    "shares-float32": "fp32",
+    "kl_div": "The drop-in `kl_div`",
+    "small": "Small problems, fp32",
+    "small-bfloat16": "Small problems, bf16",
+    "memory": "Memory",
+    "accuracy-promises": "Accuracy",
+    "accuracy-gradient": "Accuracy of gradients",
+    "accuracy-loss": "Accuracy of losses",
+    "accuracy-total_variation": "Accuracy of total variation",
+}
+MODE_NAMES = {
+    "forward_backward_half": "forward + backward of half the loss",
+    "forward_backward_teacher": "forward + backward to both",
 }
 LABELS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "shape": ("rows x vocabulary", lambda row: f"{row['rows']} x {row['vocab']}"),
     "dtype": ("dtype", lambda row: row["dtype"]),
-    "mode": ("mode", lambda row: row["mode"].replace("_", " + ")),
+    "mode": ("mode", lambda row: MODE_NAMES.get(row["mode"], row["mode"].replace("_", " + "))),
     "divergence": ("variant", lambda row: f"`{row['divergence']}`"),
 }
 
@@ -142,19 +210,19 @@ def _newest_accuracy(results: Path, device: str) -> Run | None:
 def _markdown(table: Table, run: Run) -> str:
     """One line per problem and mode, one column per contender."""
     rows = table.select(run["results"])
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    columns = list(dict.fromkeys(table.column(row) for row in rows))
     lines: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(LABELS[label][1](row) for label in table.labels)
-        lines.setdefault(key, {})[row["contender"]] = row
-    header = [LABELS[label][0] for label in table.labels] + contenders
+        lines.setdefault(key, {})[table.column(row)] = row
+    header = [LABELS[label][0] for label in table.labels] + columns
     if table.last_column:
         header.insert(len(table.labels) + 1, table.last_column[0])
     text = [header, ["---"] * len(header)]
-    for key, by_contender in lines.items():
-        cells = [_cell(table.cell, by_contender.get(name)) for name in contenders]
+    for key, by_column in lines.items():
+        cells = [_cell(table.cell, by_column.get(name)) for name in columns]
         if table.last_column:
-            cells.insert(1, _cell(table.last_column[1], by_contender.get("kldiv_ext")))
+            cells.insert(1, _cell(table.last_column[1], by_column.get("kldiv_ext")))
         text.append([*key, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in text)
 
@@ -181,6 +249,8 @@ def _caption(table: Table, run: Run) -> str:
 def generate(name: str, results: Path) -> str:
     """The text of one table, for example "cpu-summary"."""
     device, _, kind = name.partition("-")
+    if device in DEVICES and kind == "all":
+        return _all(device, results)
     if device not in DEVICES or kind not in {*TABLES, *report_accuracy.TABLES}:
         raise ValueError(f"no benchmark table is called {name!r}")
     if kind in report_accuracy.TABLES:
@@ -190,6 +260,24 @@ def generate(name: str, results: Path) -> str:
     if run is None:
         return unmeasured(device, "speed")
     return _markdown(TABLES[kind], run) + "\n\n" + _caption(TABLES[kind], run)
+
+
+def _all(device: str, results: Path) -> str:
+    """Every table of a device that has been measured, with the plots."""
+    parts = []
+    for kind, title in ALL.items():
+        accurate = kind in report_accuracy.TABLES
+        found = (
+            _newest_accuracy(results, DEVICES[device])
+            if accurate
+            else _newest_timed(results, DEVICES[device], TABLES[kind].select)
+        )
+        if found is not None:
+            parts.append(f"{title}:\n\n{generate(f'{device}-{kind}', results)}")
+    if not parts:
+        return unmeasured(device, "speed")
+    drawn = [f"![{name}](benchmarks/results/plots/{name}.png)" for name in _plots(device, results)]
+    return "\n\n".join(drawn + parts)
 
 
 def unmeasured(device: str, what: str) -> str:
@@ -204,6 +292,16 @@ def render(readme: str, results: Path) -> str:
     return text
 
 
+PLOTS: dict[str, Select] = {"ratio": _divergences_backward, "share": _summary_backward}
+
+
+def _plots(device: str, results: Path) -> dict[str, Run]:
+    """The plots that there is something to draw for, and from which run: "cpu-ratio"."""
+    found = {field: _newest_timed(results, DEVICES[device], select) for field, select in PLOTS.items()}
+    found["accuracy"] = _newest_accuracy(results, DEVICES[device])
+    return {f"{device}-{field}": run for field, run in found.items() if run is not None}
+
+
 def plot(results: Path) -> list[Path]:
     """Per measured device: time per divergence, share of the copy bandwidth, and accuracy."""
     import matplotlib
@@ -211,16 +309,14 @@ def plot(results: Path) -> list[Path]:
     matplotlib.use("Agg")
     (results / "plots").mkdir(parents=True, exist_ok=True)
     written = []
-    for device, name in DEVICES.items():
-        for select, field in ((_divergences_backward, "ratio"), (_summary_backward, "share")):
-            run = _newest_timed(results, name, select)
-            if run is not None:
-                written.append(results / "plots" / f"{device}-{field}.png")
-                _bars(select(run["results"]), run, field, written[-1])
-        run = _newest_accuracy(results, name)
-        if run is not None:
-            written.append(results / "plots" / f"{device}-accuracy.png")
-            report_accuracy.draw(run, written[-1])
+    for device in DEVICES:
+        for name, run in _plots(device, results).items():
+            written.append(results / "plots" / f"{name}.png")
+            field = name.partition("-")[2]
+            if field == "accuracy":
+                report_accuracy.draw(run, written[-1])
+            else:
+                _bars(PLOTS[field](run["results"]), run, field, written[-1])
     return written
 
 

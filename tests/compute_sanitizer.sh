@@ -1,15 +1,32 @@
 #!/usr/bin/env bash
 # NVIDIA's compute-sanitizer over the CUDA tests on a machine with a GPU, tool by tool; a log each, then a summary.
 #
-#   tests/compute_sanitizer.sh FOLDER [memcheck|racecheck|initcheck|synccheck]...
+#   tests/compute_sanitizer.sh [--small] [--parallel] [--seconds N] FOLDER [memcheck|racecheck|initcheck|synccheck]...
 #
-# PYTHON and COMPUTE_SANITIZER name other programs than those on the PATH. Reports have line numbers where the package
-# was built with NVCC_APPEND_FLAGS=-lineinfo. Exits with 1 where something was found, with 2 where nothing can be run.
+# --small: every divergence and dtype once, minutes less; --parallel: the tools side by side; --seconds: a tool that
+# takes longer is stopped, which counts as found. PYTHON and COMPUTE_SANITIZER name other programs than those on the
+# PATH. Reports have line numbers where the package was built with NVCC_APPEND_FLAGS=-lineinfo. Exits with 1 where
+# something was found, with 2 where nothing can be run.
 set -euo pipefail
-if (($# == 0)); then
-  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+usage() {
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
-fi
+}
+small='' parallel='' seconds=0 # no limit
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --small) small=yes ;;
+    --parallel) parallel=yes ;;
+    --seconds)
+      seconds=${2-}
+      [[ $seconds =~ ^[0-9]+$ ]] || usage
+      shift
+      ;;
+    *) usage ;;
+  esac
+  shift
+done
+if (($# == 0)); then usage; fi
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 tools=("${@:2}")
@@ -36,6 +53,11 @@ print(_library.cuda_missing_reason if torch.cuda.is_available() else "torch sees
 every_test=(tests --ignore=tests/test_cuda_kernels_emulated.py -k cuda)
 some_tests=(tests/test_{distillation_loss,distillation_options,kl_div,token_stats}.py -k
   "cuda and (divergence or shape or strides or grad_output or reductions or options or token_stats)")
+if [[ $small ]]; then
+  some_tests=(tests/test_{distillation_loss,distillation_options,kl_div,token_stats}.py -k
+    "cuda and (test_divergence or test_shape or over_many_columns or test_grad_outputs or test_every_figure)")
+  every_test=("${some_tests[@]}")
+fi
 
 under() { # TOOL PROGRAM...
   local options=(--tool "$1" --error-exitcode "$found" --target-processes application-only --launch-timeout 120
@@ -57,14 +79,15 @@ under() { # TOOL PROGRAM...
       ;;
     *) options+=("${ours[@]}") ;;
   esac
-  env "${environment[@]}" "$sanitizer" "${options[@]}" "${@:2}"
+  local left=$((seconds && deadline <= SECONDS ? 1 : seconds ? deadline - SECONDS : 0))
+  timeout --kill-after=10 "$left" env "${environment[@]}" "$sanitizer" "${options[@]}" "${@:2}"
 }
 
 reports() { grep -cE '^=========.* at .*kldiv' "$1" || true; } # a memory access or a race, by the kernel it is in
 
 # Leaves what is to be said about TOOL in `verdict`; fails unless that is "clean".
 check() { # TOOL LOG
-  local fault='' status=0 tests=("${some_tests[@]}")
+  local fault='' status=0 ours tests=("${some_tests[@]}")
   case $1 in
     memcheck) fault=overrun tests=("${every_test[@]}") ;;
     initcheck) fault=uninitialized ;;
@@ -77,11 +100,12 @@ check() { # TOOL LOG
     fi
   fi
   under "$1" "$python" -m pytest "${tests[@]}" >"$2" 2>&1 || status=$?
-  local ours
   ours=$(reports "$2")
   verdict="clean"
   if ((ours > 0)); then
     verdict="$ours places in reports name our kernels"
+  elif ((status == 124 || status == 137)); then
+    verdict="not done after $seconds s"
   elif ((status == found)) && [[ $1 != initcheck ]]; then
     verdict="found something"
   elif ((status != 0 && status != found)); then
@@ -96,13 +120,23 @@ check() { # TOOL LOG
   [[ $verdict == clean ]]
 }
 
+one_tool() { # TOOL
+  local begin=$SECONDS deadline=$((SECONDS + seconds)) status=0
+  check "$1" "$folder/$1.log" || status=1
+  printf '%-10s %5ss  %s\n' "$1" "$((SECONDS - begin))" "$verdict" | tee "$folder/$1.verdict"
+  return "$status"
+}
+
 exit_status=0
-summary=()
+running=()
 for tool in "${tools[@]}"; do
-  begin=$SECONDS
-  check "$tool" "$folder/$tool.log" || exit_status=1
-  summary+=("$(printf '%-10s %5ss  %s' "$tool" "$((SECONDS - begin))" "$verdict")")
-  echo "${summary[-1]}"
+  if [[ $parallel ]]; then
+    one_tool "$tool" &
+    running+=($!)
+  else
+    one_tool "$tool" || exit_status=1
+  fi
 done
-printf '%s\n' "${summary[@]}" >"$folder/summary.txt"
+for process in "${running[@]}"; do wait "$process" || exit_status=1; done
+for tool in "${tools[@]}"; do cat "$folder/$tool.verdict"; done >"$folder/summary.txt"
 exit "$exit_status"

@@ -2,7 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,12 @@ import pytest
 import torch
 
 import kldiv_ext
-from benchmarks import report
-from benchmarks.contenders import Problem
-from benchmarks.measure import Step, quantiles
+from benchmarks import contenders, measure, report, suites
+from benchmarks.contenders import Expected, Problem
+from benchmarks.measure import Step, errors, quantiles, time_steps
+from benchmarks.modes import MINIMUM_TRAFFIC, MODES, SMALL
 from benchmarks.promises import gradient_promise, loss_promise
+from benchmarks.suites import Choice, Task
 
 README = """# Title
 <!-- benchmark:cpu-summary begin -->
@@ -154,6 +161,390 @@ def test_quantiles() -> None:
     assert quantiles([7.0]) == (7.0, 7.0, 7.0)
 
 
+# ---------------------------------------------------------------- the suite for a GPU
+
+Measured = tuple[str, str, tuple[int, int], str, str]
+
+
+def measured(tasks: list[Task], contender: str) -> list[Measured]:
+    """(op, variant, shape, dtype, mode) that the contender is measured on."""
+    return [
+        (
+            task.problem.op,
+            task.problem.divergence,
+            (task.problem.rows, task.problem.vocab),
+            str(task.problem.dtype),
+            mode,
+        )
+        for task in tasks
+        if contender in task.contenders
+        for mode in task.modes
+    ]
+
+
+def test_gpu_suite_has_everything_that_is_asked_of_a_gpu() -> None:
+    ours = measured(suites.tasks("gpu", Choice("cuda")), "kldiv_ext")
+    assert len(ours) == len(set(ours))
+    shapes = {(4096, 32000), (4096, 128256), (8192, 151936), (2048, 262144), (8, 32000), (256, 1024), (65536, 64)}
+    dtypes = ("torch.bfloat16", "torch.float16", "torch.float32")
+    modes = ("forward", "forward_backward", "forward_backward_teacher")
+    expected = set(product(["distillation_loss"], kldiv_ext.DIVERGENCES, shapes, dtypes, modes))
+    expected |= set(product(["distillation_loss"], ["forward_kl", "jsd"], shapes, dtypes, ["forward_backward_half"]))
+    expected |= set(product(["kl_div"], contenders.LOG_TARGETS, shapes | {(8, 16)}, dtypes, modes[:2]))
+    assert expected <= set(ours)
+
+
+@pytest.mark.parametrize("contender", ["eager", "eager_float", "liger"])
+def test_gpu_suite_has_rivals(contender: str) -> None:
+    """Of forward_kl and jsd everywhere, and of every divergence on one shape."""
+    found = set(measured(suites.tasks("gpu", Choice("cuda")), contender))
+    dtypes = ("torch.bfloat16", "torch.float16", "torch.float32")
+    shapes = (*suites.LARGE, *suites.SMALL)
+    assert found >= set(product(["distillation_loss"], ["forward_kl", "jsd"], shapes, dtypes, suites.FEW_MODES))
+    assert found >= set(
+        product(["distillation_loss"], kldiv_ext.DIVERGENCES, suites.LARGE[:1], ["torch.bfloat16"], MODES)
+    )
+
+
+def test_gpu_suite_builds_slow_contenders_seldom() -> None:
+    for contender in contenders.SLOW_TO_BUILD:
+        found = measured(suites.tasks("gpu", Choice("cuda")), contender)
+        problems = {row[:4] for row in found}
+        assert 1 <= len(problems) <= 12
+        assert {row[3] for row in found} == {"torch.bfloat16"}
+        assert "forward_backward_teacher" not in {row[4] for row in found}
+
+
+def test_a_choice_narrows_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import main
+
+    options = "--op kl_div --dtype float16 --shapes 8x16 --mode forward --contenders eager"
+    assert main(["--suite", "gpu", "--device", "cuda", "--list", *options.split()]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"kl_div log_target={log_target} 8x16 float16: forward: kldiv_ext, eager" for log_target in (False, True)
+    ]
+    with pytest.raises(SystemExit, match="nothing is asked for"):
+        main(["--suite", "gpu", "--device", "cpu", "--shapes", "3x3"])
+
+
+def test_every_mode_has_its_traffic() -> None:
+    assert set(MINIMUM_TRAFFIC) == set(product(suites.OPS, MODES))
+
+
+@pytest.fixture
+def quick_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """The gpu suite on tiny shapes of the CPU: exit status and report."""
+    pytest.importorskip("tqdm")
+    from benchmarks import __main__ as command
+
+    monkeypatch.setattr(command, "copy_bandwidth", lambda _: 1e10)
+
+    def run(*argv: str) -> tuple[int, dict[str, Any]]:
+        out = tmp_path / "out.json"
+        chosen = ["--suite", "gpu", "--device", "cpu", "--quick", "--dtype", "bfloat16", "--seconds", "0.01"]
+        status = command.main([*chosen, "--json", str(out), *argv])
+        return status, json.loads(out.read_text())
+
+    return run
+
+
+def test_gpu_suite_runs(quick_gpu: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    status, run = quick_gpu("--divergence", "jsd", "--op", "distillation_loss")
+    assert status == 0 and run["failures"] == []
+    assert set(run["left_out"]) == {"liger", "speculators"}
+    ours = {row["mode"]: row for row in run["results"] if row["contender"] == "kldiv_ext"}
+    assert set(ours) == set(MODES)
+    for mode, row in ours.items():
+        assert row["status"] == "ok" and row["timer"] == "cpu" and row["rounds"] == 3 and row["share"] > 0
+        assert ("teacher_grad_error" in row) == (mode == "forward_backward_teacher")
+        assert row["gradient_bytes"] == 8 * 1000 * 2 * {"forward": 0, "forward_backward_teacher": 2}.get(mode, 1)
+    assert {row["contender"] for row in run["results"]} == {"kldiv_ext", "eager", "eager_float"}
+
+
+def test_what_a_limit_leaves_out_is_said(quick_gpu: Callable[..., tuple[int, dict[str, Any]]]) -> None:
+    status, run = quick_gpu("--op", "kl_div", "--limit", "1e-9")
+    assert status == 0 and run["results"] == []
+    assert run["left_out"]["problems"]["those"] == [
+        f"kl_div log_target={log_target} 8x1000 bfloat16 forward,forward_backward" for log_target in (False, True)
+    ]
+
+
+def test_slow_contenders_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From half of the time on."""
+    pytest.importorskip("tqdm")
+    from benchmarks import __main__ as command
+
+    ran = []
+    monkeypatch.setattr(command, "measure", lambda task, *_: ran.append(task.contenders) or [])
+    monkeypatch.setattr(command.time, "perf_counter", iter(range(0, 1000, 10)).__next__)
+    task = Task(Problem("kl_div", "log_target=True", 8, 16, torch.float32, "cpu"), ("forward",), ("eager", "compile"))
+    report: dict[str, Any] = {"results": [], "failures": [], "left_out": {}}
+    args = command.parse_args(["--device", "cpu", "--limit", "45"])
+    command.run([task] * 3, args, 1.0, report)
+    assert ran == [("eager", "compile"), ("eager",)]
+    assert report["left_out"]["time"] == ["kl_div log_target=True 8x16 float32: compile"]
+    assert len(report["left_out"]["problems"]["those"]) == 1
+
+
+def test_a_problem_that_fails_does_not_stop_the_others(
+    quick_gpu: Callable[..., tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import __main__ as command
+
+    right = command.make_inputs
+
+    def make_inputs(problem: Problem) -> Any:
+        if problem.log_target:
+            raise MemoryError("too large")
+        return right(problem)
+
+    monkeypatch.setattr(command, "make_inputs", make_inputs)
+    status, run = quick_gpu("--op", "kl_div")
+    assert status == 1
+    assert run["failures"] == ["kl_div log_target=True 8x1000 bfloat16: MemoryError: too large"]
+    assert {row["divergence"] for row in run["results"]} == {"log_target=False"}
+
+
+def test_steps_of_half_the_loss_and_of_both_sides() -> None:
+    student, teacher = torch.ones(4, requires_grad=True), torch.full((4,), 3.0)
+    step = Step(lambda s, t: (s * t).sum(), student, teacher, backward=True, factor=0.5)
+    assert step() == 12
+    assert student.grad is not None and student.grad.tolist() == [1.5] * 4
+    expected = Expected(12.0, torch.full((4,), 3.0), torch.full((4,), 1.0))
+    assert errors(step, expected)[:3] == (0, 0, None)
+    teacher.requires_grad_()
+    assert errors(step, expected)[:3] == (0, 0, 0)
+    assert errors(step, expected._replace(teacher_gradient=torch.full((4,), 2.0)))[2] == 0.5
+    with pytest.raises(RuntimeError, match="a gradient is missing"):
+        errors(Step(lambda s, t: (s * t.detach()).sum(), student, teacher, backward=True), expected)
+
+
+def test_small_problems_are_timed_as_a_user_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure.timer_name("cpu", 1) == "cpu"
+    assert (measure.timer_name("cuda", SMALL - 1), measure.timer_name("cuda", SMALL)) == ("calls", "events")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(calls)))
+    calls: list[None] = []
+    student = torch.zeros(())
+
+    def loss(s: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return s
+
+    step = Step(loss, student, torch.zeros(()), backward=False)
+    assert len(time_steps({"a": step}, "cuda", repeats=3, seconds=0, how="calls")["a"]) == 3
+    calls_in_a_row = measure.SMALL_CALLS
+    assert waits == [calls_in_a_row * i for i in (0, 1, 1, 2, 2, 3, 3, 4)]
+
+
+def test_absent_contenders_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what their import says, whatever it raises."""
+
+    def broken(name: str, *_: Any) -> None:
+        raise OSError(f"{name} is broken")
+
+    monkeypatch.setattr(contenders.importlib, "import_module", broken)
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert contenders.missing("cuda") == {
+        "liger": "its import fails: OSError: liger_kernel.transformers is broken",
+        "speculators": "its import fails: ModuleNotFoundError: speculators is not installed",
+    }
+    problem = Problem("distillation_loss", "jsd", 8, 16, torch.float32, "cuda")
+    assert contenders.CONTENDERS["liger"](problem) is contenders.CONTENDERS["speculators"](problem) is None
+
+
+@pytest.fixture
+def fake_speculators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package whose own imports fail, around losses that work."""
+    losses = tmp_path / "speculators" / "losses"
+    losses.mkdir(parents=True)
+    (tmp_path / "speculators" / "utils").mkdir()
+    for package in ("", "utils"):
+        (tmp_path / "speculators" / package / "__init__.py").write_text("import not_there_either")
+    (tmp_path / "speculators" / "utils" / "util.py").write_text("")
+    (losses / "__init__.py").write_text("")
+    (losses / "fused.py").write_text(
+        "import speculators.utils.util\ndef fused_js_div_loss(s, t):\n    return (s - t).abs().sum(-1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    contenders._speculators_losses.cache_clear()
+    yield
+    contenders._speculators_losses.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "speculators"]:
+        del sys.modules[name]
+
+
+def test_losses_of_speculators_are_loaded_alone(fake_speculators: None) -> None:
+    assert contenders.speculators_missing("cuda") is None
+    problem = Problem("distillation_loss", "jsd", 2, 3, torch.float32, "cuda")
+    loss = contenders.CONTENDERS["speculators"](problem)
+    assert loss is not None
+    assert loss(torch.ones(2, 3), torch.full((2, 3), 5.0)) == 6  # of logits over a temperature of 2, a mean over rows
+
+
+def gpu_run() -> dict[str, Any]:
+    """Made up: kldiv_ext and a rival that gives the teacher no gradient and runs out of memory in fp32."""
+    results = []
+    for dtype, (rows, vocab), divergence, mode in product(
+        ("bfloat16", "float32"), ((4096, 128256), (8, 32000)), ("forward_kl", "jsd"), MODES
+    ):
+        for contender, ratio in (("kldiv_ext", 1.0), ("liger", 7.0)):
+            if contender == "liger" and mode == "forward_backward_teacher":
+                continue
+            row = {
+                "op": "distillation_loss",
+                "divergence": divergence,
+                "contender": contender,
+                "mode": mode,
+                "dtype": dtype,
+                "rows": rows,
+                "vocab": vocab,
+                "gradient_bytes": 1_000_000,
+                "status": "ok",
+                "ms_p50": ratio * (1 + MODES.index(mode)),
+                "ratio": ratio,
+                "share": {"forward_kl": 0.93, "jsd": 0.81}[divergence] / ratio,
+                "peak_extra_bytes": 2_000_000,
+            }
+            if contender == "liger" and dtype == "float32":
+                row = {**row, "status": "failed: OutOfMemoryError"}
+                del row["ms_p50"]
+            results.append(row)
+    return {
+        "date": "2026-11-21T00:00:00+00:00",
+        "command": "python -m benchmarks --suite gpu",
+        "commit": None,
+        "machine": {
+            "device": "cuda",
+            "cpu": "Some CPU",
+            "gpu": "Some GPU",
+            "threads": 2,
+            "copy_bytes_per_second": 4e12,
+        },
+        "versions": {"torch": "2.11.0"},
+        "results": results,
+    }
+
+
+def test_tables_of_a_gpu(tmp_path: Path) -> None:
+    assert report.generate("gpu-all", tmp_path) == "The speed of the CUDA kernels has not been measured yet."
+    (tmp_path / "some-gpu.json").write_text(json.dumps(gpu_run()))
+    shares = report.generate("gpu-shares-bfloat16", tmp_path)
+    assert "| variant | mode | 4096 x 128256 |\n" in shares  # the small shape is no matter of bandwidth
+    assert "| `jsd` | forward + backward to both | 81% |" in shares
+    assert "Some GPU; copy bandwidth 4,000 GB/s" in shares
+    modes = report.generate("gpu-modes", tmp_path)
+    line = "| `forward_kl` | 4096 x 128256 | bfloat16 | forward + backward of half the loss | 3 ms | 93% | 21 ms (7x) |"
+    assert line in modes
+    assert "| forward + backward to both | 4 ms | 93% | - |" in modes and "float32" not in modes
+    summary = report.generate("gpu-summary", tmp_path)
+    assert "half" not in summary and "both" not in summary
+    assert "| 4096 x 128256 | float32 | forward | 1 ms | 93% | failed |" in summary
+    assert "| `forward_kl` | 8 x 32000 | forward | 1 ms | 7 ms (7x) |" in report.generate(
+        "gpu-small-bfloat16", tmp_path
+    )
+    everything = report.generate("gpu-all", tmp_path)
+    assert "![gpu-share](benchmarks/results/plots/gpu-share.png)" in everything and "gpu-accuracy" not in everything
+    assert shares in everything and modes in everything
+
+
+def test_plots_of_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "some-gpu.json").write_text(json.dumps(gpu_run()))
+    assert [path.name for path in report.plot(tmp_path)] == ["gpu-ratio.png", "gpu-share.png"]
+
+
+# ---------------------------------------------------------------- the script for a GPU
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+STUBS = {
+    "nvidia-smi": '[[ $* != *name* ]] || echo "NVIDIA H200"',
+    "compute-sanitizer": 'echo "========= at kldiv"; [[ $* != *pytest* ]] || echo "1 passed"',
+    "python": """
+echo "$*" >>"$CALLS"
+case $* in
+  "-c import xdist") exit 1 ;;
+  "-c import torch; print"*) echo 9.0 ;;
+  setup.py*) echo "for $TORCH_CUDA_ARCH_LIST, $FORCE_CUDA" ;;
+  "-m pytest"*) echo "${TESTS-3 passed}" ;;
+  "-m benchmarks.accuracy"*) echo "not accurate"; exit 1 ;;
+  "-m benchmarks "*) echo "{}" >"${@: -1}"; sleep "${SLEEP-0}" ;;
+esac""",
+}
+
+
+@pytest.fixture
+def gpu_script(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """The script over programs that do nothing: exit status, output, and the calls of Python."""
+    if not SCRIPT.exists():
+        pytest.skip("needs the source tree")
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text("#!/usr/bin/env bash\n" + text + "\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        known = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python", "CALLS": str(tmp_path / "calls")}
+        (tmp_path / "calls").write_text("")
+        inherited = {name: value for name, value in os.environ.items() if name not in {"OUT", "DEVICE", "QUICK"}}
+        done = subprocess.run(
+            ["bash", str(SCRIPT), *arguments], env=inherited | known | environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls").read_text()
+
+    return run
+
+
+def test_script_runs_every_stage(gpu_script: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, output, calls = gpu_script(str(out))
+    assert status == 1, output
+    stages = [line.split()[0] for line in output.splitlines() if line.endswith(("  ok", "  failed (status 1)"))]
+    assert stages[:5] == ["build", "tests", "sanitize", "benchmark", "accuracy"]
+    assert "accuracy: failed (status 1); the end of its log:\nnot accurate" in output
+    names = {path.name for path in out.iterdir()}
+    (result,) = names - {"summary.txt", "logs.tar.gz"}
+    assert result.startswith("nvidia-h200-20") and result.endswith(".json")
+    assert "-m benchmarks --suite gpu --device cuda" in calls
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        build = logs.extractfile("logs/build.log")
+        assert build is not None and build.read() == b"for 9.0, 1\n"
+        assert {"logs/sanitize-memcheck.log", "logs/tests.log", "logs/nvidia-smi.log"} <= set(logs.getnames())
+
+
+def test_script_runs_the_stages_that_are_named(gpu_script: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """And keeps what an earlier call left in the folder."""
+    out = tmp_path / "out"
+    assert gpu_script("build", OUT=str(out))[0] == 0
+    status, _, calls = gpu_script(str(out), "tests")
+    assert status == 0 and "setup.py" not in calls and "-m pytest" in calls
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        assert {"logs/build.log", "logs/tests.log"} <= set(logs.getnames())
+    assert [line.split()[0] for line in (out / "summary.txt").read_text().splitlines()][1::2] == ["build", "tests"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["OUT", "fly"], ["build"]], ids=str)
+def test_script_wants_a_folder_and_known_stages(
+    gpu_script: Callable[..., tuple[int, str, str]], arguments: list[str], tmp_path: Path
+) -> None:
+    folder = [str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]
+    status, output, calls = gpu_script(*folder)
+    assert status == 2 and "benchmarks/gpu.sh [OUT]" in output and calls == ""
+
+
+def test_script_does_not_take_skipped_tests_for_passed(
+    gpu_script: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    assert gpu_script(str(tmp_path / "out"), "tests", TESTS="3 skipped")[0] == 1
+
+
+def test_script_stops_a_stage_in_time(gpu_script: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, output, _ = gpu_script(str(out), "benchmark", "build", BENCHMARK_SECONDS="1", SLEEP="60")
+    assert status == 1 and "benchmark: stopped after 1 s" in output
+    assert (out / "summary.txt").read_text().splitlines()[2].endswith("  ok")  # and goes on
+    assert len(list(out.glob("nvidia-h200-*.json"))) == 1  # what it had written is kept
+
+
 # ---------------------------------------------------------------- accuracy
 
 Loss = Callable[..., torch.Tensor]
@@ -221,7 +612,7 @@ def test_every_promise_is_checked(
     monkeypatch.setattr(kldiv_ext, "distillation_loss", lambda *args, **options: change(right(*args, **options)))
     problem = Problem("distillation_loss", "jsd", accuracy.ROWS, 1000, torch.float32, "cpu")
     pairs = {level: accuracy.make_pair(level, 1000, torch.float32, "cpu")}
-    records = list(accuracy.measure(problem, pairs, quick=True))
+    records = list(accuracy.measure(problem, pairs, ["kldiv_ext", "eager"]))
     assert [record["contender"] for record in records] == ["kldiv_ext", "eager"]
     assert records[0]["status"] == status
 
