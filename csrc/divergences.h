@@ -38,11 +38,13 @@ struct Pair {
   T expm1;   // ratio - 1, in [-1, 0]
   T excess;  // gap + expm1 >= 0; like ratio and expm1 to full relative accuracy
 
-  KLDIV_HD explicit Pair(T delta) : delta(delta), gap(absolute(delta)) {
-    const Decay<T> decay(gap);
-    ratio = decay.ratio;
-    expm1 = decay.expm1;
-    excess = decay.excess;
+  // From log p - log q, and log2 of each.
+  KLDIV_HD Pair(T delta, T log2_p, T log2_q) : Pair(delta) { larger = exp2(by_larger(log2_p, log2_q)); }
+  // From log p - log q, and p and q.
+  KLDIV_HD static Pair of(T delta, T p, T q) {
+    Pair x(delta);
+    x.larger = x.by_larger(p, q);
+    return x;
   }
 
   KLDIV_HD Mask teacher_is_larger() const { return delta >= 0; }
@@ -55,6 +57,16 @@ struct Pair {
 
   KLDIV_HD T teacher() const { return larger * by_larger(splat<T>(1), ratio); }  // p
   KLDIV_HD T student() const { return larger * by_larger(ratio, splat<T>(1)); }  // q
+  KLDIV_HD T difference() const { return larger * by_larger(-expm1, expm1); }    // p - q
+  KLDIV_HD T teacher_log_ratio() const {                                         // p (log p - log q); 0 where p is
+    return larger * by_larger(gap, -finite_gap() * ratio);
+  }
+  KLDIV_HD T teacher_excess() const {  // p (log p - log q) - p + q >= 0
+    // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), which is q where the gap is large.
+    constexpr auto kLarge = FormatOf<T>::kLargeGap;
+    const T below = -minimum(splat<T>(kLarge), gap) * expm1 - minimum(splat<T>(kLarge - 1), excess);
+    return larger * by_larger(excess, below);
+  }
   // The same column with teacher and student exchanged.
   KLDIV_HD Pair exchanged() const {
     Pair x = *this;
@@ -64,6 +76,14 @@ struct Pair {
   // The gap and the excess where they meet a ratio that is 0 for all beyond it: inf must not meet 0.
   KLDIV_HD T finite_gap() const { return minimum(splat<T>(1000), gap); }
   KLDIV_HD T finite_excess() const { return minimum(splat<T>(1000), excess); }
+
+ private:
+  KLDIV_HD explicit Pair(T delta) : delta(delta), gap(absolute(delta)) {
+    const Decay<T> decay(gap);
+    ratio = decay.ratio;
+    expm1 = decay.expm1;
+    excess = decay.excess;
+  }
 };
 
 // KL(p || q) = sum p (log p - log q) - p + q.
@@ -73,18 +93,15 @@ struct ForwardKL {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    // p larger: p (gap - 1 + e^-gap).  q larger: q (1 - e^-gap - gap e^-gap), which is q where the gap is large.
-    constexpr auto kLarge = FormatOf<T>::kLargeGap;
-    const T below = -minimum(splat<T>(kLarge), x.gap) * x.expm1 - minimum(splat<T>(kLarge - 1), x.excess);
-    return x.larger * x.by_larger(x.excess, below);
+    return x.teacher_excess();
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // q - p
-    return x.larger * x.by_larger(x.expm1, -x.expm1);
+    return -x.difference();
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
-    return x.larger * x.by_larger(x.gap, -x.finite_gap() * x.ratio);
+    return x.teacher_log_ratio();
   }
 };
 
@@ -133,11 +150,11 @@ struct Jeffreys {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.larger * (x.gap * -x.expm1);
+    return x.difference() * x.delta;
   }
   template <typename T>
-  KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q (log p - log q) - (p - q)
-    return x.larger * x.by_larger(x.expm1 - x.finite_gap() * x.ratio, x.gap - x.expm1);
+  KLDIV_HD T grad_q(const Pair<T>& x) const {  // q (log q - log p) - (p - q)
+    return x.exchanged().teacher_log_ratio() - x.difference();
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
@@ -189,8 +206,14 @@ struct JensenShannon {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
   double beta, log_beta, log_rest;
+  double odds, inverse_odds;  // made on the host: many GPUs are slow in double
 
-  explicit JensenShannon(double beta) : beta(beta), log_beta(std::log(beta)), log_rest(std::log1p(-beta)) {}
+  explicit JensenShannon(double beta)
+      : beta(beta),
+        log_beta(std::log(beta)),
+        log_rest(std::log1p(-beta)),
+        odds(beta / (1 - beta)),
+        inverse_odds((1 - beta) / beta) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -209,13 +232,13 @@ struct JensenShannon {
   }
   template <typename T>
   KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // (1 - beta) q log((1 - beta) q / m)
-    const T shifted = -x.student() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(beta / (1 - beta))).value;
+    const T shifted = -x.student() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(odds)).value;
     const T sum = grad_q(x) + x.student() * static_cast<Scalar<T>>((1 - beta) * log_rest);
     return x.teacher_is_larger() ? sum : shifted * static_cast<Scalar<T>>(1 - beta);
   }
   template <typename T>
   KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // beta p log(beta p / m)
-    const T shifted = -x.teacher() * Log1p<T>(x.ratio * static_cast<Scalar<T>>((1 - beta) / beta)).value;
+    const T shifted = -x.teacher() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(inverse_odds)).value;
     const T sum = grad_p(x) + x.teacher() * static_cast<Scalar<T>>(beta * log_beta);
     return x.teacher_is_larger() ? shifted * static_cast<Scalar<T>>(beta) : sum;
   }
@@ -225,9 +248,11 @@ struct JensenShannon {
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double skew, limit;  // of g_p / p as p gets far larger than q
+  double skew, limit;   // of g_p / p as p gets far larger than q
+  double inverse_odds;  // (1 - skew) / skew
 
-  explicit SkewForwardKL(double skew) : skew(skew), limit(skew - 1 - std::log(skew)) {}
+  explicit SkewForwardKL(double skew)
+      : skew(skew), limit(skew - 1 - std::log(skew)), inverse_odds((1 - skew) / skew) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -252,7 +277,7 @@ struct SkewForwardKL {
   }
   template <typename T>
   KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {                 // the same less limit * p
-    const T w = x.ratio * static_cast<Scalar<T>>((1 - skew) / skew);  // m / (skew p) - 1 where p is larger
+    const T w = x.ratio * static_cast<Scalar<T>>(inverse_odds);  // m / (skew p) - 1 where p is larger
     const Log1p<T> logarithm(w);  // w / (1 + w) - log(1 + w), whose first orders cancel
     const T fraction = w * Primitives<T>::reciprocal(w + 1);
     const T shifted = w < 1 ? logarithm.shortfall - w * fraction : fraction - logarithm.value;
@@ -270,7 +295,7 @@ struct TotalVariation {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.larger * x.expm1 * static_cast<Scalar<T>>(-0.5);
+    return absolute(x.difference()) * static_cast<Scalar<T>>(0.5);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // -q sign(p - q) / 2
@@ -353,15 +378,15 @@ struct Zero {
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.expm1 * T{};
+    return x.difference() * T{};
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {
-    return x.expm1 * T{};
+    return x.difference() * T{};
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {
-    return x.expm1 * T{};
+    return x.difference() * T{};
   }
 };
 

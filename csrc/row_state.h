@@ -30,13 +30,16 @@ struct LogSumExp {
 
 // (t - teacher_max) - (s - student_max), in the order that rounds least: where the maxima are close, the difference of
 // the two logits comes first, which is exact of close ones; where they are not, it would round all that matters away.
+// `narrow`, a bool or a std::bool_constant: the logits have few digits, and the maxima can be subtracted first without
+// rounding, which costs nothing where that is done anyway.
 template <typename acc_t>
 struct Difference {
   acc_t teacher_offset, student_offset, after;
   acc_t of_equal;  // before `after`; finite, because it also stands for -inf less -inf
 
-  KLDIV_HD Difference(acc_t teacher_max, acc_t student_max) {
-    const bool close = absolute(teacher_max - student_max) < 1;
+  template <typename Bool = std::false_type>
+  KLDIV_HD Difference(acc_t teacher_max, acc_t student_max, Bool narrow = {}) {
+    const bool close = !narrow && absolute(teacher_max - student_max) < 1;
     teacher_offset = close ? 0 : teacher_max;
     student_offset = close ? 0 : student_max;
     after = close ? teacher_max - student_max : 0;
@@ -56,14 +59,15 @@ template <typename T>
 struct ExpPair {
   T teacher, student, difference;
 
+  template <typename Bool = std::false_type>
   KLDIV_HD ExpPair(T teacher_logit, T student_logit, Scalar<T> teacher_offset, Scalar<T> student_offset,
-                   Scalar<T> inverse_temperature) {
+                   Scalar<T> inverse_temperature, Bool narrow = {}) {
     const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
     teacher = exp2_floored((teacher_logit - teacher_offset) * per_bit);
     student = exp2_floored((student_logit - student_offset) * per_bit);
     difference = teacher - student;
     if constexpr (kIsFloat<T>) {
-      const Difference<Scalar<T>> between(teacher_offset, student_offset);
+      const Difference<Scalar<T>> between(teacher_offset, student_offset, narrow);
       const T d = between(teacher_logit, student_logit) * inverse_temperature;
       const T expm1 = d * (d * (d * (1.0f / 6) + 0.5f) + 1);  // relative error 2e-7 where it is used
       difference = absolute(d) < 1.0f / 64 ? student * expm1 : difference;
@@ -154,8 +158,7 @@ struct Reference {
   template <typename Divergence>
   KLDIV_HD static Reference at(acc_t delta, const Divergence& divergence) {
     if (delta > kFar) return {nan<acc_t>(), 0, 0};
-    Pair<acc_t> x(delta);
-    x.larger = x.by_larger(1 / x.ratio, 1);  // q = 1
+    const auto x = Pair<acc_t>::of(delta, exp(delta), 1);
     const acc_t plain = derivative(divergence, x, false), shifted = derivative(divergence, x, true);
     return absolute(shifted) < absolute(plain) ? Reference{delta, shifted, 1} : Reference{delta, plain, 0};
   }
@@ -209,26 +212,27 @@ struct RowConstants {
         log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
   // With the references of the sides that are wanted; infinite in place of others, for whoever asks for those later.
-  template <typename Divergence>
+  template <typename Divergence, typename Bool = std::false_type>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature,
-                        Sides wanted)
+                        Sides wanted, Bool narrow = {})
       : RowConstants(state) {
     const Reference<acc_t> none = {infinity<acc_t>(), infinity<acc_t>(), 0};
     if constexpr (!Divergence::kGradQSumsToZero) {
-      const acc_t delta = log_ratio_at(state.beside_student_max, student.max, inverse_temperature);
+      const acc_t delta = log_ratio_at(state.beside_student_max, student.max, inverse_temperature, narrow);
       student.at_max = wanted.student ? Reference<acc_t>::at(delta, divergence) : none;
     }
     if constexpr (!Divergence::kGradPSumsToZero) {
-      const acc_t delta = log_ratio_at(teacher.max, state.beside_teacher_max, inverse_temperature);
+      const acc_t delta = log_ratio_at(teacher.max, state.beside_teacher_max, inverse_temperature, narrow);
       teacher.at_max = wanted.teacher ? Reference<acc_t>::at(-delta, exchanged(divergence)) : none;
     }
   }
 
   // log p - log q of a column; T is acc_t or a vector of it. To the same bits for all who call it: that is how the
   // reference's column is known.
-  template <typename T>
-  KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature) const {
-    return Difference<acc_t>(teacher.max, student.max)(teacher_logit, student_logit) * inverse_temperature - log_ratio;
+  template <typename T, typename Bool = std::false_type>
+  KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature, Bool narrow = {}) const {
+    const Difference<acc_t> between(teacher.max, student.max, narrow);
+    return between(teacher_logit, student_logit) * inverse_temperature - log_ratio;
   }
 
   // An infinite derivative has no gradient: NaN in this row, and only here.
@@ -264,13 +268,13 @@ KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inv
 }
 
 // One column from its two logits; T is acc_t or a vector of it.
-template <typename T>
-KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature) {
-  Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
+template <typename T, typename Bool = std::false_type>
+KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
+                           Bool narrow = {}) {
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
-  x.larger = exp2(x.by_larger((teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
-                              (student - row.student.max) * per_bit - row.student.log2_sum));
-  return x;
+  return Pair<T>(row.log_ratio_at(teacher, student, inverse_temperature, narrow),
+                 (teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
+                 (student - row.student.max) * per_bit - row.student.log2_sum);
 }
 
 // The sums of phase 2 that tell about a position rather than train on it.
@@ -283,12 +287,13 @@ struct StatsSums {
     return {forward_kl + other.forward_kl, reverse_kl + other.reverse_kl, teacher_drop + other.teacher_drop,
             student_drop + other.student_drop};
   }
-  KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row,
-                               Scalar<T> inverse_temperature) {
-    Pair<T> x(row.log_ratio_at(teacher, student, inverse_temperature));
+  template <typename Bool = std::false_type>
+  KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
+                               Bool narrow = {}) {
+    const T delta = row.log_ratio_at(teacher, student, inverse_temperature, narrow);
     const T p = probability(teacher, row.teacher.max, row.teacher.log2_sum, inverse_temperature);
     const T q = probability(student, row.student.max, row.student.log2_sum, inverse_temperature);
-    x.larger = x.by_larger(p, q);
+    const auto x = Pair<T>::of(delta, p, q);
     return {ForwardKL().term(x), ReverseKL().term(x), drop(p, (row.teacher.max - teacher) * inverse_temperature),
             drop(q, (row.student.max - student) * inverse_temperature)};
   }

@@ -16,9 +16,9 @@ KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
 }
 
 // Phase 1: adds a group to the state of the columns so far.
-template <typename acc_t>
+template <typename acc_t, typename Bool>
 KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, const Group<acc_t>& student,
-                         const Scaling<acc_t>& scaling) {
+                         const Scaling<acc_t>& scaling, Bool narrow) {
   RowState<acc_t> group;
   group.teacher.max = largest(teacher);
   group.student.max = largest(student);
@@ -38,7 +38,8 @@ KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, co
   acc_t teacher_sum = 0, student_sum = 0, difference = 0;
   KLDIV_UNROLL
   for (int i = 0; i < kGroup<acc_t>; ++i) {
-    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, scaling.inverse_temperature);
+    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, scaling.inverse_temperature,
+                           narrow);
     teacher_sum += x.teacher;
     student_sum += x.student;
     difference += x.difference;
@@ -123,11 +124,12 @@ KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Grou
 }
 
 // Phases 2 and 3, once the row's constants are known.
-template <typename acc_t, typename Divergence>
+template <typename acc_t, typename Divergence, typename Bool>
 struct Columns {
   const Divergence& divergence;
   const RowConstants<acc_t>& row;
   const Scaling<acc_t>& scaling;
+  Bool narrow;                // see Difference
   acc_t factor, hard_factor;  // multiply the gradients of the divergence and of the cross entropy
   uint32_t label;
 
@@ -195,7 +197,7 @@ struct Columns {
 
  private:
   KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
-    return make_pair(teacher.x[i], student.x[i], row, scaling.inverse_temperature);
+    return make_pair(teacher.x[i], student.x[i], row, scaling.inverse_temperature, narrow);
   }
 };
 

@@ -20,6 +20,8 @@ class RowReader {
       : logits_(args), scaling_(scaling), team_(team), walk_(args, scaling, team) {}
 
  protected:
+  KLDIV_DEVICE auto narrow() const { return Side::narrow(logits_, scaling_); }
+
   // Phase 1.
   KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
@@ -27,7 +29,7 @@ class RowReader {
     const bool apart = hard && !one_temperature;
     RowState<acc_t> mine;
     walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& t, const auto& s, const Place&) {
-      extend(mine, t, s, scaling_);
+      extend(mine, t, s, scaling_, narrow());
       if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
     });
     RowState<acc_t> all = team_.all(mine, MergeStates<acc_t>{scaling_, apart});
@@ -65,8 +67,8 @@ class RowDistillation : RowReader<Walk> {
   }
 
  private:
-  using Evaluation = Columns<acc_t, Divergence>;
-  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
+  using Evaluation = Columns<acc_t, Divergence, decltype(Side::narrow({}, std::declval<Scaling<acc_t>>()))>;
+  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
 
   // `row`, or the first one of this team's after it whose position counts. Others are not read.
   KLDIV_DEVICE int64_t next_that_counts(int64_t row) const {
@@ -94,7 +96,7 @@ class RowDistillation : RowReader<Walk> {
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.wanted.teacher;
     RowConstants<acc_t> constants = forward
                                         ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
-                                                              divergence_, scaling_.inverse_temperature, args_.wanted)
+                                                              divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
                                         : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (labelled) {
@@ -109,7 +111,7 @@ class RowDistillation : RowReader<Walk> {
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
     const acc_t hard_factor = labelled ? hard * grad * scaling_.hard_inverse_temperature : 0;
-    const Evaluation columns{divergence_, constants, scaling_, factor, hard_factor, label};
+    const Evaluation columns{divergence_, constants, scaling_, narrow(), factor, hard_factor, label};
     if (forward) {
       acc_t loss = 0;
       if (labelled) {
@@ -119,7 +121,9 @@ class RowDistillation : RowReader<Walk> {
       const RowSums<acc_t> total = together ? sums_with_gradient(columns, teacher, student, row)
                                             : sums(columns, teacher, student, !gradients);
       constants.set_sums(total);
-      save(row, loss + soft * total.term, constants);
+      // The probability of a column that the other side excludes may have underflowed: 0 * inf.
+      const bool infinite = total.term != total.term && constants.log_ratio == constants.log_ratio;
+      save(row, loss + soft * (infinite ? infinity<acc_t>() : total.term), constants);
     }
     if (!gradients) return;
     if (!(forward && together)) write_gradients(columns, teacher, student, row);
@@ -201,7 +205,8 @@ class RowTokenStats : RowReader<Walk> {
   }
 
  private:
-  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
+  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
+      RowReader<Walk>::state;
   static constexpr uint32_t kNone = 0xffffffff;
 
   KLDIV_DEVICE void tell(int64_t row) {
@@ -249,7 +254,8 @@ class RowTokenStats : RowReader<Walk> {
     KLDIV_UNROLL
     for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
       if (i >= place.n) continue;
-      part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature);
+      part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature,
+                                                    narrow());
       if (teacher.x[i] == constants.teacher.max) part.teacher_top = place.column(i);
       if (student.x[i] == constants.student.max) part.student_top = place.column(i);
     }

@@ -5,7 +5,7 @@
 // 1.2e-7, Decay 5e-7 but for excess, 1.5e-6; Log1p 7e-7, its shortfall 4e-6.
 #pragma once
 
-#include "../math.h"
+#include "../divergences.h"
 #include "device.h"
 
 namespace kldiv {
@@ -63,6 +63,67 @@ struct Log1p<float> {
     value = small ? y - reduced : log;
     shortfall = small ? reduced : y - log;
   }
+};
+
+// With p and q at an instruction each, what they differ by is taken from them wherever it is not small, and nothing has
+// to be seen from the larger one. What is chosen from is made beforehand, or the compiler makes it a branch.
+template <>
+struct Pair<float> {
+  using Mask = bool;
+
+  float p, q, delta;
+  float larger, gap, ratio, expm1, excess;  // as everywhere, for who asks for them
+
+  KLDIV_HD Pair(float delta, float log2_p, float log2_q)
+      : Pair(of(delta, device::exp2_approx(log2_p), device::exp2_approx(log2_q))) {}
+  KLDIV_HD static Pair of(float delta, float p, float q) { return {delta, p, q, Decay<float>(absolute(delta))}; }
+
+  KLDIV_HD bool teacher_is_larger() const { return delta >= 0; }
+  KLDIV_HD float by_larger(float if_teacher, float if_student) const {
+    return teacher_is_larger() ? if_teacher : if_student;
+  }
+
+  KLDIV_HD float teacher() const { return p; }
+  KLDIV_HD float student() const { return q; }
+  KLDIV_HD float difference() const {
+    const float small = p * delta - small_excess(), large = p - q;
+    return is_small() ? small : large;
+  }
+  KLDIV_HD float teacher_log_ratio() const { return p * above_minus_infinity(); }
+  KLDIV_HD float teacher_excess() const {
+    const float small = small_excess(), large = p * above_minus_infinity() - (p - q);
+    return is_small() ? small : large;
+  }
+  KLDIV_HD Pair exchanged() const {
+    Pair x = *this;
+    x.p = q;
+    x.q = p;
+    x.delta = -delta;
+    return x;
+  }
+  KLDIV_HD float finite_gap() const { return minimum(gap, 1000.0f); }
+  KLDIV_HD float finite_excess() const { return minimum(excess, 1000.0f); }
+
+ private:
+  KLDIV_HD Pair(float delta, float p, float q, const Decay<float>& decay)
+      : p(p),
+        q(q),
+        delta(delta),
+        larger(maximum(p, q)),
+        gap(absolute(delta)),
+        ratio(decay.ratio),
+        expm1(decay.expm1),
+        excess(decay.excess) {}
+
+  KLDIV_HD bool is_small() const { return gap < 1; }
+  // p (e^-delta - 1 + delta), for |delta| < 1: relative error 2e-7
+  KLDIV_HD float small_excess() const {
+    const float per_square = polynomial::horner(delta, 0.5f, -0.166666955f, 0.0416665152f, -0.00833093002f,
+                                                0.00138913351f, -0.000203254836f, 2.49608129e-05f);
+    return p * (delta * delta * per_square);
+  }
+  // What a p of 0 can be multiplied with.
+  KLDIV_HD float above_minus_infinity() const { return maximum(delta, -1e30f); }
 };
 
 }  // namespace KLDIV_ISA
