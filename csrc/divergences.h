@@ -17,6 +17,7 @@
 // line in the README's table.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string_view>
 #include <type_traits>
@@ -162,6 +163,31 @@ struct Jeffreys {
   }
 };
 
+// A number that a divergence comes with, converted on the host: many GPUs are slow in double.
+struct Parameter {
+  double in_double;
+  float in_float;  // a normal number, or the special function unit of a GPU would take it for 0
+
+  explicit Parameter(double x)
+      : in_double(x), in_float(static_cast<float>(x > 0 ? std::max<double>(x, Format<float>::kTiny) : x)) {}
+
+  template <typename T>
+  KLDIV_HD Scalar<T> as() const {
+    if constexpr (kIsFloat<T>) {
+      return in_float;
+    } else {
+      return in_double;
+    }
+  }
+};
+
+// How much a mixture holds of the teacher, and of the student.
+struct Shares {
+  Parameter teacher, student;
+
+  explicit Shares(double teacher) : teacher(teacher), student(1 - teacher) {}  // 1 - teacher not rounded to 0
+};
+
 // The mixture m = share p + (1 - share) q of a column, everything relative to the larger one. One logarithm serves
 // both sides: that of m over the one which it is closer to, so that no share, however small, costs digits.
 template <typename T>
@@ -175,9 +201,8 @@ struct Mixture {
   T one_minus_larger, one_minus_smaller;  // 1 - larger / m, 1 - smaller / m
   T product;                              // larger * smaller / m
 
-  KLDIV_HD Mixture(const Pair<T>& x, double share_of_teacher) {
-    const auto teacher_share = static_cast<Scalar<T>>(share_of_teacher);
-    const auto student_share = static_cast<Scalar<T>>(1 - share_of_teacher);  // not rounded to 0 where it is small
+  KLDIV_HD Mixture(const Pair<T>& x, const Shares& shares) {
+    const auto teacher_share = shares.teacher.as<T>(), student_share = shares.student.as<T>();
     larger_share = x.by_larger(teacher_share, student_share);
     smaller_share = x.by_larger(student_share, teacher_share);
     const T below = smaller_share * x.expm1;  // m / larger - 1
@@ -205,42 +230,43 @@ struct Mixture {
 struct JensenShannon {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double beta, log_beta, log_rest;
-  double odds, inverse_odds;  // made on the host: many GPUs are slow in double
+  Shares shares;                 // beta and 1 - beta
+  Parameter odds, inverse_odds;  // beta / (1 - beta)
+  Parameter shift_q, shift_p;    // (1 - beta) log(1 - beta), beta log(beta)
 
   explicit JensenShannon(double beta)
-      : beta(beta),
-        log_beta(std::log(beta)),
-        log_rest(std::log1p(-beta)),
+      : shares(beta),
         odds(beta / (1 - beta)),
-        inverse_odds((1 - beta) / beta) {}
+        inverse_odds((1 - beta) / beta),
+        shift_q((1 - beta) * std::log1p(-beta)),
+        shift_p(beta * std::log(beta)) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const Mixture<T> m(x, beta);
+    const Mixture<T> m(x, shares);
     return x.larger * (m.larger_share * m.kl_larger + m.smaller_share * m.kl_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - beta) q log(q / m)
-    const Mixture<T> m(x, beta);
+    const Mixture<T> m(x, shares);
     return -x.larger * x.by_larger(m.smaller_share * m.smaller_gap, m.larger_share * m.log);
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // beta p log(p / m)
-    const Mixture<T> m(x, beta);
+    const Mixture<T> m(x, shares);
     return -x.larger * x.by_larger(m.larger_share * m.log, m.smaller_share * m.smaller_gap);
   }
   template <typename T>
   KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // (1 - beta) q log((1 - beta) q / m)
-    const T shifted = -x.student() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(odds)).value;
-    const T sum = grad_q(x) + x.student() * static_cast<Scalar<T>>((1 - beta) * log_rest);
-    return x.teacher_is_larger() ? sum : shifted * static_cast<Scalar<T>>(1 - beta);
+    const T shifted = -x.student() * Log1p<T>(x.ratio * odds.as<T>()).value;
+    const T sum = grad_q(x) + x.student() * shift_q.as<T>();
+    return x.teacher_is_larger() ? sum : shifted * shares.student.as<T>();
   }
   template <typename T>
   KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // beta p log(beta p / m)
-    const T shifted = -x.teacher() * Log1p<T>(x.ratio * static_cast<Scalar<T>>(inverse_odds)).value;
-    const T sum = grad_p(x) + x.teacher() * static_cast<Scalar<T>>(beta * log_beta);
-    return x.teacher_is_larger() ? shifted * static_cast<Scalar<T>>(beta) : sum;
+    const T shifted = -x.teacher() * Log1p<T>(x.ratio * inverse_odds.as<T>()).value;
+    const T sum = grad_p(x) + x.teacher() * shift_p.as<T>();
+    return x.teacher_is_larger() ? shifted * shares.teacher.as<T>() : sum;
   }
 };
 
@@ -248,40 +274,41 @@ struct JensenShannon {
 struct SkewForwardKL {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double skew, limit;   // of g_p / p as p gets far larger than q
-  double inverse_odds;  // (1 - skew) / skew
+  Shares shares;           // skew and 1 - skew
+  Parameter limit;         // of g_p / p as p gets far larger than q
+  Parameter inverse_odds;  // (1 - skew) / skew
 
   explicit SkewForwardKL(double skew)
-      : skew(skew), limit(skew - 1 - std::log(skew)), inverse_odds((1 - skew) / skew) {}
+      : shares(skew), limit(skew - 1 - std::log(skew)), inverse_odds((1 - skew) / skew) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    const Mixture<T> m(x, skew);
+    const Mixture<T> m(x, shares);
     return x.larger * x.by_larger(m.kl_larger, m.kl_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (1 - skew) q (1 - p / m)
-    const Mixture<T> m(x, skew);
-    return static_cast<Scalar<T>>(1 - skew) * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
+    const Mixture<T> m(x, shares);
+    return shares.student.as<T>() * x.student() * x.by_larger(m.one_minus_larger, m.one_minus_smaller);
   }
   template <typename T>
   KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // -(1 - skew) q p / m
-    return static_cast<Scalar<T>>(skew - 1) * x.larger * Mixture<T>(x, skew).product;
+    return -shares.student.as<T>() * x.larger * Mixture<T>(x, shares).product;
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p log(p / m) + skew p (1 - p / m) = term - g_q
     // The difference cancels where q is far larger, the sum where skew is near 1.
-    const Mixture<T> m(x, skew);
-    const T sum = x.ratio * (static_cast<Scalar<T>>(skew) * m.one_minus_smaller) - m.smaller_gap;
+    const Mixture<T> m(x, shares);
+    const T sum = x.ratio * (shares.teacher.as<T>() * m.one_minus_smaller) - m.smaller_gap;
     return (m.near_smaller | x.teacher_is_larger()) ? term(x) - grad_q(x) : x.larger * sum;
   }
   template <typename T>
-  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {                 // the same less limit * p
-    const T w = x.ratio * static_cast<Scalar<T>>(inverse_odds);  // m / (skew p) - 1 where p is larger
-    const Log1p<T> logarithm(w);  // w / (1 + w) - log(1 + w), whose first orders cancel
+  KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // the same less limit * p
+    const T w = x.ratio * inverse_odds.as<T>();        // m / (skew p) - 1 where p is larger
+    const Log1p<T> logarithm(w);                       // w / (1 + w) - log(1 + w), whose first orders cancel
     const T fraction = w * Primitives<T>::reciprocal(w + 1);
     const T shifted = w < 1 ? logarithm.shortfall - w * fraction : fraction - logarithm.value;
-    const T difference = grad_p(x) - x.teacher() * static_cast<Scalar<T>>(limit);
+    const T difference = grad_p(x) - x.teacher() * limit.as<T>();
     return x.teacher_is_larger() ? x.larger * shifted : difference;
   }
 };
@@ -312,32 +339,36 @@ struct TotalVariation {
 struct Alpha {
   static constexpr bool kGradQSumsToZero = false;
   static constexpr bool kGradPSumsToZero = false;
-  double alpha, rest, per_alpha, per_rest;  // quotients made on the host: many GPUs are slow in double
+  Parameter alpha, rest, per_alpha, per_rest, per_both;
 
-  explicit constexpr Alpha(double alpha)
-      : alpha(alpha), rest(1 - alpha), per_alpha(1 / alpha), per_rest(1 / (1 - alpha)) {}
+  explicit Alpha(double alpha)
+      : alpha(alpha),
+        rest(1 - alpha),
+        per_alpha(1 / alpha),
+        per_rest(1 / (1 - alpha)),
+        per_both((1 / alpha) * (1 / (1 - alpha))) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
-    return x.larger * Power<T>(*this, x).term * static_cast<Scalar<T>>(per_alpha * per_rest);
+    return x.larger * Power<T>(*this, x).term * per_both.as<T>();
   }
   template <typename T>
   KLDIV_HD T grad_q(const Pair<T>& x) const {  // (q - r) / alpha
     const Power<T> r(*this, x);
-    return x.larger * x.by_larger(-r.minus_smaller, r.below_larger) * static_cast<Scalar<T>>(per_alpha);
+    return x.larger * x.by_larger(-r.minus_smaller, r.below_larger) * per_alpha.as<T>();
   }
   template <typename T>
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // (p - r) / (1 - alpha)
     const Power<T> r(*this, x);
-    return x.larger * x.by_larger(r.below_larger, -r.minus_smaller) * static_cast<Scalar<T>>(per_rest);
+    return x.larger * x.by_larger(r.below_larger, -r.minus_smaller) * per_rest.as<T>();
   }
   template <typename T>
   KLDIV_HD T grad_q_shifted(const Pair<T>& x) const {  // -r / alpha
-    return -x.larger * Power<T>(*this, x).value * static_cast<Scalar<T>>(per_alpha);
+    return -x.larger * Power<T>(*this, x).value * per_alpha.as<T>();
   }
   template <typename T>
   KLDIV_HD T grad_p_shifted(const Pair<T>& x) const {  // -r / (1 - alpha)
-    return -x.larger * Power<T>(*this, x).value * static_cast<Scalar<T>>(per_rest);
+    return -x.larger * Power<T>(*this, x).value * per_rest.as<T>();
   }
 
  private:
@@ -349,7 +380,7 @@ struct Alpha {
     T term;  // share smaller + (1 - share) larger - r, where r = larger^(1 - share) smaller^share
 
     KLDIV_HD Power(const Alpha& divergence, const Pair<T>& x) {
-      const auto alpha = static_cast<Scalar<T>>(divergence.alpha), rest = static_cast<Scalar<T>>(divergence.rest);
+      const auto alpha = divergence.alpha.as<T>(), rest = divergence.rest.as<T>();
       const T share = x.by_larger(rest, alpha), nearest = minimum(share, x.by_larger(alpha, rest));
       const auto near_smaller = share > static_cast<Scalar<T>>(0.5);
       const auto close = x.gap < 1;

@@ -28,16 +28,22 @@ struct LogSumExp {
   }
 };
 
+// A bool that is known when this is compiled, for the device too.
+template <bool kValue>
+struct Constant {
+  KLDIV_HD constexpr operator bool() const { return kValue; }
+};
+
 // (t - teacher_max) - (s - student_max), in the order that rounds least: where the maxima are close, the difference of
 // the two logits comes first, which is exact of close ones; where they are not, it would round all that matters away.
-// `narrow`, a bool or a std::bool_constant: the logits have few digits, and the maxima can be subtracted first without
+// `narrow`, a bool or a Constant: the logits have few digits, and the maxima can be subtracted first without
 // rounding, which costs nothing where that is done anyway.
 template <typename acc_t>
 struct Difference {
   acc_t teacher_offset, student_offset, after;
   acc_t of_equal;  // before `after`; finite, because it also stands for -inf less -inf
 
-  template <typename Bool = std::false_type>
+  template <typename Bool = Constant<false>>
   KLDIV_HD Difference(acc_t teacher_max, acc_t student_max, Bool narrow = {}) {
     const bool close = !narrow && absolute(teacher_max - student_max) < 1;
     teacher_offset = close ? 0 : teacher_max;
@@ -59,7 +65,7 @@ template <typename T>
 struct ExpPair {
   T teacher, student, difference;
 
-  template <typename Bool = std::false_type>
+  template <typename Bool = Constant<false>>
   KLDIV_HD ExpPair(T teacher_logit, T student_logit, Scalar<T> teacher_offset, Scalar<T> student_offset,
                    Scalar<T> inverse_temperature, Bool narrow = {}) {
     const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
@@ -212,7 +218,7 @@ struct RowConstants {
         log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
   // With the references of the sides that are wanted; infinite in place of others, for whoever asks for those later.
-  template <typename Divergence, typename Bool = std::false_type>
+  template <typename Divergence, typename Bool = Constant<false>>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature,
                         Sides wanted, Bool narrow = {})
       : RowConstants(state) {
@@ -229,7 +235,7 @@ struct RowConstants {
 
   // log p - log q of a column; T is acc_t or a vector of it. To the same bits for all who call it: that is how the
   // reference's column is known.
-  template <typename T, typename Bool = std::false_type>
+  template <typename T, typename Bool = Constant<false>>
   KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature, Bool narrow = {}) const {
     const Difference<acc_t> between(teacher.max, student.max, narrow);
     return between(teacher_logit, student_logit) * inverse_temperature - log_ratio;
@@ -268,7 +274,7 @@ KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inv
 }
 
 // One column from its two logits; T is acc_t or a vector of it.
-template <typename T, typename Bool = std::false_type>
+template <typename T, typename Bool = Constant<false>>
 KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
                            Bool narrow = {}) {
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
@@ -287,7 +293,7 @@ struct StatsSums {
     return {forward_kl + other.forward_kl, reverse_kl + other.reverse_kl, teacher_drop + other.teacher_drop,
             student_drop + other.student_drop};
   }
-  template <typename Bool = std::false_type>
+  template <typename Bool = Constant<false>>
   KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
                                Bool narrow = {}) {
     const T delta = row.log_ratio_at(teacher, student, inverse_temperature, narrow);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../row_state.h"
-#include "sides.h"
+#include "walks.h"
 
 namespace kldiv::cuda {
 
@@ -15,39 +15,83 @@ KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
   return max;
 }
 
-// Phase 1: adds a group to the state of the columns so far.
-template <typename acc_t, typename Bool>
-KLDIV_DEVICE void extend(RowState<acc_t>& state, const Group<acc_t>& teacher, const Group<acc_t>& student,
-                         const Scaling<acc_t>& scaling, Bool narrow) {
-  RowState<acc_t> group;
-  group.teacher.max = largest(teacher);
-  group.student.max = largest(student);
-  // Seldom to a thread, once a row has begun; and so for both sides, whatever is wanted.
-  if (group.teacher.max >= state.teacher.max || group.student.max >= state.student.max) {
+// Phase 1 of one thread's groups. Sums are relative to bases that follow the maxima only when those are far ahead, and
+// which group has a maximum is enough to know until all are seen: nearly always some lane of a warp has a new one.
+template <typename acc_t>
+class ThreadState {
+ public:
+  template <typename Bool>
+  KLDIV_DEVICE void add(const Groups<acc_t>& group, int index, acc_t inverse_temperature, Bool narrow) {
+    const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
+    const acc_t teacher = teacher_.see(largest(group.teacher), index);
+    const acc_t student = student_.see(largest(group.student), index);
+    if ((teacher - base_.teacher.max) * per_bit > kAhead || (student - base_.student.max) * per_bit > kAhead) {
+      base_ = rebased(teacher, student, inverse_temperature);
+    }
+    const acc_t teacher_offset = base_.teacher.offset(), student_offset = base_.student.offset();
+    acc_t teacher_sum = 0, student_sum = 0, difference = 0;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      if (student.x[i] == group.student.max) group.beside_student_max = maximum(group.beside_student_max, teacher.x[i]);
-      if (teacher.x[i] == group.teacher.max) group.beside_teacher_max = maximum(group.beside_teacher_max, student.x[i]);
+      const ExpPair<acc_t> x(group.teacher.x[i], group.student.x[i], teacher_offset, student_offset,
+                             inverse_temperature, narrow);
+      teacher_sum += x.teacher;
+      student_sum += x.student;
+      difference += x.difference;
     }
-    RowState<acc_t> raised = state.maxima(group);
-    raised.add_rescaled(state, scaling.inverse_temperature);
-    raised.hard = state.hard;
-    state = raised;
+    base_.teacher.sum += teacher_sum;
+    base_.student.sum += student_sum;
+    base_.difference += difference;
   }
-  const acc_t teacher_offset = state.teacher.offset(), student_offset = state.student.offset();
-  acc_t teacher_sum = 0, student_sum = 0, difference = 0;
-  KLDIV_UNROLL
-  for (int i = 0; i < kGroup<acc_t>; ++i) {
-    const ExpPair<acc_t> x(teacher.x[i], student.x[i], teacher_offset, student_offset, scaling.inverse_temperature,
-                           narrow);
-    teacher_sum += x.teacher;
-    student_sum += x.student;
-    difference += x.difference;
+
+  // again(index): that group.
+  template <typename Again>
+  KLDIV_DEVICE RowState<acc_t> state(acc_t inverse_temperature, const Again& again) const {
+    RowState<acc_t> state = rebased(teacher_.max, student_.max, inverse_temperature);
+    if (teacher_.index >= 0) {
+      const Groups<acc_t> group = again(teacher_.index);
+      state.beside_teacher_max = beside(group.teacher, teacher_.max, group.student);
+    }
+    if (student_.index >= 0) {
+      const Groups<acc_t> group = again(student_.index);
+      state.beside_student_max = beside(group.student, student_.max, group.teacher);
+    }
+    return state;
   }
-  state.teacher.sum += teacher_sum;
-  state.student.sum += student_sum;
-  state.difference += difference;
-}
+
+ private:
+  static constexpr acc_t kAhead = 32;  // in bits: how far sums may grow above 1
+
+  struct Largest {
+    acc_t max = static_cast<acc_t>(-__builtin_inff());
+    int index = -1;  // of the first group that has it
+
+    // The largest so far.
+    KLDIV_DEVICE acc_t see(acc_t of_group, int of_index) {
+      index = of_group > max ? of_index : index;
+      max = of_group > max ? of_group : max;
+      return max;
+    }
+  };
+
+  KLDIV_DEVICE RowState<acc_t> rebased(acc_t teacher_max, acc_t student_max, acc_t inverse_temperature) const {
+    RowState<acc_t> state;
+    state.teacher.max = teacher_max;
+    state.student.max = student_max;
+    state.add_rescaled(base_, inverse_temperature);
+    return state;
+  }
+
+  // The largest of `others` where `group` is `max`.
+  KLDIV_DEVICE static acc_t beside(const Group<acc_t>& group, acc_t max, const Group<acc_t>& others) {
+    acc_t largest = static_cast<acc_t>(-__builtin_inff());
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) largest = group.x[i] == max ? maximum(largest, others.x[i]) : largest;
+    return largest;
+  }
+
+  RowState<acc_t> base_;
+  Largest teacher_, student_;
+};
 
 // The states of all lanes, to the first of each `width`: first the maxima, so that each rescales its sums but once.
 template <typename acc_t>
@@ -134,31 +178,25 @@ struct Columns {
   uint32_t label;
 
   // Phase 2; the sums of the gradients that are wanted, where nobody knows them to be 0.
-  KLDIV_DEVICE RowSums<acc_t> sums(const Group<acc_t>& teacher, const Group<acc_t>& student, Sides wanted) const {
-    RowSums<acc_t> sums;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i);
-      sums.term += divergence.term(x);
-      if constexpr (!Divergence::kGradQSumsToZero) {
-        if (wanted.student) sums.grad_q += row.student.grad(divergence, x, row.student.shifted());
-      }
-      if constexpr (!Divergence::kGradPSumsToZero) {
-        if (wanted.teacher)
-          sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), row.teacher.shifted());
-      }
+  KLDIV_DEVICE RowSums<acc_t> sums(const Groups<acc_t>& group, Sides wanted) const {
+    constexpr bool kStudent = !Divergence::kGradQSumsToZero, kTeacher = !Divergence::kGradPSumsToZero;
+    // Between columns a branch keeps them from being computed side by side: only where there is no other way.
+    using No = Constant<false>;
+    if (!(kStudent && wanted.student) && !(kTeacher && wanted.teacher)) return sums_of(group, No(), No());
+    if constexpr (kStudent && kTeacher) {
+      return sums_of(group, wanted.student, wanted.teacher);
+    } else {
+      return sums_of(group, Constant<kStudent>(), Constant<kTeacher>());
     }
-    return sums;
   }
 
   // Phases 2 and 3 in one, for a divergence whose g_q sums to 0: the sum of terms, and the student's gradient.
-  KLDIV_DEVICE acc_t sum_with_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student,
-                                       Group<acc_t>& gradient) const {
+  KLDIV_DEVICE acc_t sum_with_gradient(const Groups<acc_t>& group, Group<acc_t>& gradient) const {
     static_assert(Divergence::kGradQSumsToZero);
     acc_t sum = 0;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i);
+      const Pair<acc_t> x = pair(group, i);
       sum += divergence.term(x);
       gradient.x[i] = divergence.grad_q(x) * factor;
     }
@@ -177,27 +215,48 @@ struct Columns {
   }
 
   // Phase 3.
-  KLDIV_DEVICE Group<acc_t> student_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+  KLDIV_DEVICE Group<acc_t> student_gradient(const Groups<acc_t>& group) const {
     Group<acc_t> gradient;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      gradient.x[i] = row.student.gradient(divergence, pair(teacher, student, i), row.student.shifted()) * factor;
+      gradient.x[i] = row.student.gradient(divergence, pair(group, i), row.student.shifted()) * factor;
     }
     return gradient;
   }
-  KLDIV_DEVICE Group<acc_t> teacher_gradient(const Group<acc_t>& teacher, const Group<acc_t>& student) const {
+  KLDIV_DEVICE Group<acc_t> teacher_gradient(const Groups<acc_t>& group) const {
     Group<acc_t> gradient;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(teacher, student, i).exchanged();
+      const Pair<acc_t> x = pair(group, i).exchanged();
       gradient.x[i] = row.teacher.gradient(exchanged(divergence), x, row.teacher.shifted()) * factor;
     }
     return gradient;
   }
 
  private:
-  KLDIV_DEVICE Pair<acc_t> pair(const Group<acc_t>& teacher, const Group<acc_t>& student, int i) const {
-    return make_pair(teacher.x[i], student.x[i], row, scaling.inverse_temperature, narrow);
+  template <typename OfStudent, typename OfTeacher>
+  KLDIV_DEVICE RowSums<acc_t> sums_of(const Groups<acc_t>& group, OfStudent of_student, OfTeacher of_teacher) const {
+    // Formulas of two forms are long: half a group at a time, or there are not enough registers.
+    constexpr int kParts = HasShifted<Divergence, acc_t> ? 2 : 1, kSize = kGroup<acc_t> / kParts;
+    RowSums<acc_t> sums;
+    KLDIV_NO_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      KLDIV_UNROLL
+      for (int i = 0; i < kSize; ++i) {
+        const int other = i + (kParts - 1) * kSize;
+        const Pair<acc_t> x = make_pair(part == 0 ? group.teacher.x[i] : group.teacher.x[other],
+                                        part == 0 ? group.student.x[i] : group.student.x[other], row,
+                                        scaling.inverse_temperature, narrow);
+        sums.term += divergence.term(x);
+        if (of_student) sums.grad_q += row.student.grad(divergence, x, row.student.shifted());
+        if (of_teacher) sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), row.teacher.shifted());
+      }
+    }
+    return sums;
+  }
+
+  KLDIV_DEVICE Pair<acc_t> pair(const Groups<acc_t>& group, int i) const {
+    return make_pair(group.teacher.x[i], group.student.x[i], row, scaling.inverse_temperature, narrow);
   }
 };
 

@@ -10,8 +10,11 @@
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 
+#include <map>
+#include <tuple>
+
 #define KLDIV_DEVICE __device__ __forceinline__
-#define KLDIV_DEVICE_CALL __device__ __noinline__
+#define KLDIV_DEVICE_CALL inline __device__ __noinline__
 
 #define KLDIV_UNROLL _Pragma("unroll")
 #define KLDIV_NO_UNROLL _Pragma("unroll 1")
@@ -79,7 +82,17 @@ KLDIV_DEVICE void copy16_async(void* to_shared, const void* from_global) {
 // What this thread began since it last committed is one lot.
 KLDIV_DEVICE void commit_copies() { __pipeline_commit(); }
 // Waits for all lots but the latest `but`, or for more of them.
-KLDIV_DEVICE void await_copies(int but) { __pipeline_wait_prior(but); }
+KLDIV_DEVICE void await_copies(int but) {
+  if (but >= 4) {
+    __pipeline_wait_prior(4);
+  } else if (but >= 2) {
+    __pipeline_wait_prior(2);
+  } else if (but == 1) {
+    __pipeline_wait_prior(1);
+  } else {
+    __pipeline_wait_prior(0);
+  }
+}
 
 namespace detail {
 template <typename T, typename Shuffle>
@@ -114,35 +127,27 @@ KLDIV_DEVICE T broadcast(const T& x, int width = kWarp) {
   return detail::shuffled(x, [=](uint32_t word) { return __shfl_sync(shuffle_mask(width), word, 0, width); });
 }
 
-// The special function unit: one instruction each, subnormal numbers taken for 0. Relative errors up to 2^-22, 2^-23
-// and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22.
-KLDIV_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// Of a float, in one instruction. The special function unit's take subnormal numbers for 0; relative errors up to 2^-22,
+// 2^-23 and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22. maximum and minimum are NaN where
+// either number is. For the device alone, but called by functions that are for both.
+#if defined(__CUDA_ARCH__)
+#define KLDIV_INSTRUCTION(name, ...)    \
+  float result;                         \
+  asm(name : "=f"(result) : __VA_ARGS__); \
+  return result
+#else
+#define KLDIV_INSTRUCTION(name, ...) return 0
+#endif
+KLDIV_HD float exp2_approx([[maybe_unused]] float x) { KLDIV_INSTRUCTION("ex2.approx.ftz.f32 %0, %1;", "f"(x)); }
+KLDIV_HD float reciprocal_approx([[maybe_unused]] float x) { KLDIV_INSTRUCTION("rcp.approx.ftz.f32 %0, %1;", "f"(x)); }
+KLDIV_HD float log2_approx([[maybe_unused]] float x) { KLDIV_INSTRUCTION("lg2.approx.ftz.f32 %0, %1;", "f"(x)); }
+KLDIV_HD float maximum([[maybe_unused]] float a, [[maybe_unused]] float b) {
+  KLDIV_INSTRUCTION("max.NaN.f32 %0, %1, %2;", "f"(a), "f"(b));
 }
-KLDIV_DEVICE float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+KLDIV_HD float minimum([[maybe_unused]] float a, [[maybe_unused]] float b) {
+  KLDIV_INSTRUCTION("min.NaN.f32 %0, %1, %2;", "f"(a), "f"(b));
 }
-KLDIV_DEVICE float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The larger and the smaller one; NaN where either is.
-KLDIV_DEVICE float maximum(float a, float b) {
-  float max;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
-  return max;
-}
-KLDIV_DEVICE float minimum(float a, float b) {
-  float min;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(min) : "f"(a), "f"(b));
-  return min;
-}
+#undef KLDIV_INSTRUCTION
 
 // 16 bytes at an address that is a multiple of 16, in one access. Plain or, for what nobody reads again soon, marked
 // to leave the caches first.
@@ -160,8 +165,6 @@ KLDIV_DEVICE void store16_once(void* p, const Bytes16& b) {
 
 // Host side. Errors are left for cudaGetLastError().
 struct Properties {
-  int compute_capability;  // 90 for sm_90
-  int multiprocessors;
   size_t shared_bytes_per_block;
   bool clusters;
 };
@@ -175,9 +178,7 @@ inline Properties properties() {
     cudaDeviceGetAttribute(&value, name, device);
     return value;
   };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount),
-          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+  return {static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
           attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
@@ -188,23 +189,60 @@ struct Shape {
   size_t shared_bytes = 0;
 };
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
-  if (shape.shared_bytes > 0) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-  }
-  if (shape.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+namespace detail {
+// A launch without a stream; `cluster` has to live as long as it.
+inline cudaLaunchConfig_t configuration(const Shape& shape, cudaLaunchAttribute& cluster) {
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(shape.blocks);
   config.blockDim = static_cast<unsigned>(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster = {};
+  cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// What active_clusters() says, asked of CUDA.
+template <typename Kernel>
+int ask_active_clusters(Kernel* kernel, const Shape& shape) {
+  cudaFuncAttributes attributes = {};
+  // Code for clusters is compiled in from 90 on; a driver may have compiled older PTX for this device.
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+  // Not what this launch needs but all there is: it holds for all threads of the process.
+  const int most = static_cast<int>(properties().shared_bytes_per_block - attributes.sharedSizeBytes);
+  if (shape.shared_bytes > static_cast<size_t>(most)) return 0;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configuration(shape, cluster);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // no error of a launch: there will be another shape
+  return 0;
+}
+}  // namespace detail
+
+// How many clusters of a shape run at a time on the current device, to be asked before a launch with clusters or dynamic
+// shared memory; 0 where the shape does not fit, or where the kernel's code is not for devices with clusters.
+template <typename Kernel>
+int active_clusters(Kernel* kernel, const Shape& shape) {
+  thread_local std::map<std::tuple<Kernel*, int, int, size_t>, int> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const auto [answer, is_new] = known.try_emplace({kernel, device, shape.cluster, shape.shared_bytes});
+  if (is_new) answer->second = detail::ask_active_clusters(kernel, shape);
+  return answer->second;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = detail::configuration(shape, cluster);
+  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

@@ -151,7 +151,10 @@ KLDIV_DEVICE void scatter(void* data, Dtype dtype, int64_t offset, int64_t strid
 }
 
 // Calls, not inlined: kernels would lose their registers to addresses.
-KLDIV_DEVICE_CALL int64_t row_offset(const RowLayout& layout, int64_t row) { return layout.offset(row); }
+KLDIV_DEVICE_CALL int64_t row_offset_of_many(const RowLayout& layout, int64_t row) { return layout.offset(row); }
+KLDIV_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
+  return layout.dims == 1 ? row * layout.strides[0] : row_offset_of_many(layout, row);
+}
 
 template <typename scalar_t>
 KLDIV_DEVICE_CALL Group<AccOf<scalar_t>> load_apart(const scalar_t* data, int stride, int n, AccOf<scalar_t> padding) {

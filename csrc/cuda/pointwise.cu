@@ -26,7 +26,7 @@ template <typename acc>
 struct AnyElements {
   using acc_t = acc;
 
-  KLDIV_DEVICE_CALL static Group<acc_t> load(const Matrix& matrix, int64_t columns, int64_t first, int n,
+  static KLDIV_DEVICE_CALL Group<acc_t> load(const Matrix& matrix, int64_t columns, int64_t first, int n,
                                              acc_t padding) {
     const auto within_row = [&](int64_t row, int64_t column, int count) {
       const int64_t stride = matrix.layout.column_stride;
@@ -45,7 +45,7 @@ struct AnyElements {
     }
     return group;
   }
-  KLDIV_DEVICE_CALL static void store(const Output& output, int64_t first, int n, Group<acc_t> group) {
+  static KLDIV_DEVICE_CALL void store(const Output& output, int64_t first, int n, Group<acc_t> group) {
     scatter(output.data, output.dtype, first, 1, n, group);
   }
 };

@@ -23,9 +23,11 @@ struct Cuda {
   }
 
   static void distillation(const DistillationArgs& args, const Tensor& like) {
+    check_columns(args);
     on_stream_of(like, [&](void* stream) { cuda::distillation(args, stream); });
   }
   static void token_stats(const TokenStatsArgs& args, const Tensor& like) {
+    check_columns(args);
     on_stream_of(like, [&](void* stream) { cuda::token_stats(args, stream); });
   }
   static void pointwise(const PointwiseArgs& args, const Tensor& like) {
@@ -37,6 +39,12 @@ struct Cuda {
 
   static int64_t pointwise_partials(int64_t rows, int64_t columns) { return cuda::pointwise_partials(rows, columns); }
   static void prepare_output(Tensor&) {}
+
+ private:
+  // Columns are counted in 32 bits.
+  static void check_columns(const LogitsArgs& args) {
+    STD_TORCH_CHECK(args.columns <= INT32_MAX, "kldiv_ext: a vocabulary of ", args.columns, ", above 2^31 - 1, on CUDA");
+  }
 };
 
 }  // namespace

@@ -27,11 +27,15 @@ class RowReader {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
     const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
-    RowState<acc_t> mine;
-    walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& t, const auto& s, const Place&) {
-      extend(mine, t, s, scaling_, narrow());
-      if (apart) mine.hard = extended(mine.hard, s, hard_inverse_temperature);
+    ThreadState<acc_t> thread;
+    LogSumExp<acc_t> of_hard;
+    walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& group, const Place&, int index) {
+      thread.add(group, index, scaling_.inverse_temperature, narrow());
+      if (apart) of_hard = extended(of_hard, group.student, hard_inverse_temperature);
     });
+    RowState<acc_t> mine = thread.state(scaling_.inverse_temperature,
+                                        [&](int index) { return walk_.again(teacher, student, index); });
+    mine.hard = of_hard;
     RowState<acc_t> all = team_.all(mine, MergeStates<acc_t>{scaling_, apart});
     if (hard && one_temperature) all.hard = all.student;
     return all;
@@ -59,10 +63,8 @@ class RowDistillation : RowReader<Walk> {
     if constexpr (requires { walk_.fetch(row); }) walk_.fetch(row);
     KLDIV_NO_UNROLL
     while (row < args_.rows) {
-      const int64_t next = next_that_counts(row + team_.count());
-      walk_.begin(next);
-      distil(row);
-      row = next;
+      walk_.begin();
+      row = distil(row);
     }
   }
 
@@ -85,7 +87,8 @@ class RowDistillation : RowReader<Walk> {
     return args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
   }
 
-  KLDIV_DEVICE void distil(int64_t row) {
+  // Returns the row after it.
+  KLDIV_DEVICE int64_t distil(int64_t row) {
     const bool forward = args_.row_loss != nullptr;
     const acc_t scale = row_scale(row);
     const acc_t soft = args_.soft_scale == 0 ? 0 : static_cast<acc_t>(args_.soft_scale) * scale;
@@ -94,10 +97,6 @@ class RowDistillation : RowReader<Walk> {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
     const bool together = Divergence::kGradQSumsToZero && gradients && !args_.wanted.teacher;
-    RowConstants<acc_t> constants = forward
-                                        ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
-                                                              divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
-                                        : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     uint32_t label = 0;
     if (labelled) {
       const int64_t given = args_.labels[row];
@@ -108,6 +107,12 @@ class RowDistillation : RowReader<Walk> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
+    RowConstants<acc_t> constants = forward
+                                        ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
+                                                              divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
+                                        : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    const int64_t next = next_that_counts(row + team_.count());
+    walk_.prepare(next);
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
     const acc_t hard_factor = labelled ? hard * grad * scaling_.hard_inverse_temperature : 0;
@@ -125,17 +130,18 @@ class RowDistillation : RowReader<Walk> {
       const bool infinite = total.term != total.term && constants.log_ratio == constants.log_ratio;
       save(row, loss + soft * (infinite ? infinity<acc_t>() : total.term), constants);
     }
-    if (!gradients) return;
+    if (!gradients) return next;
     if (!(forward && together)) write_gradients(columns, teacher, student, row);
     fill_zero(args_.grad_student, row, args_.columns);
     fill_zero(args_.grad_teacher, row, args_.columns);
+    return next;
   }
 
   // Phase 2.
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student, bool last) {
     RowSums<acc_t> mine;
-    walk_.template walk<Pass::kMiddle>(teacher, student, last, [&](const auto& t, const auto& s, const Place&) {
-      mine = mine + columns.sums(t, s, args_.wanted);
+    walk_.template walk<Pass::kMiddle>(teacher, student, last, [&](const auto& group, const Place&, int) {
+      mine = mine + columns.sums(group, args_.wanted);
     });
     return team_.all(mine, Sum());
   }
@@ -146,10 +152,10 @@ class RowDistillation : RowReader<Walk> {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
       const auto to = Side::target(args_.grad_student, row);
-      walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
+      walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
         Group<acc_t> gradient;
-        mine.term += columns.sum_with_gradient(t, s, gradient);
-        columns.add_cross_entropy(s, place, gradient);
+        mine.term += columns.sum_with_gradient(group, gradient);
+        columns.add_cross_entropy(group.student, place, gradient);
         Side::store(args_.grad_student, to, place, student.chained(gradient, place));
       });
     }
@@ -160,14 +166,14 @@ class RowDistillation : RowReader<Walk> {
   KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student, int64_t row) {
     const auto to_student = Side::target(args_.grad_student, row);
     const auto to_teacher = Side::target(args_.grad_teacher, row);
-    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
       if (args_.grad_student.out.data) {
-        Group<acc_t> gradient = columns.student_gradient(t, s);
-        columns.add_cross_entropy(s, place, gradient);
+        Group<acc_t> gradient = columns.student_gradient(group);
+        columns.add_cross_entropy(group.student, place, gradient);
         Side::store(args_.grad_student, to_student, place, student.chained(gradient, place));
       }
       if (args_.grad_teacher.out.data) {
-        Side::store(args_.grad_teacher, to_teacher, place, teacher.chained(columns.teacher_gradient(t, s), place));
+        Side::store(args_.grad_teacher, to_teacher, place, teacher.chained(columns.teacher_gradient(group), place));
       }
     });
   }
@@ -182,8 +188,9 @@ class RowDistillation : RowReader<Walk> {
   KLDIV_DEVICE void fill_zero(const LogitsGradient& gradient, int64_t row, int64_t begin) const {
     if (gradient.out.data == nullptr || begin == gradient.columns) return;
     const auto to = Side::target(gradient, row, begin);
-    for_each_place<acc_t>(gradient.columns - begin, team_,
-                          [&](const Place& place) { Side::store(gradient, to, place, Group<acc_t>{}); });
+    Places<acc_t>(gradient.columns - begin, team_).for_each([&](const Place& place, int) {
+      Side::store(gradient, to, place, Group<acc_t>{});
+    });
   }
 
   const DistillationArgs& args_;
@@ -218,8 +225,8 @@ class RowTokenStats : RowReader<Walk> {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     const RowConstants<acc_t> constants(state(teacher, student, false));
     Part mine;
-    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& t, const auto& s, const Place& place) {
-      mine = mine + part(t, s, constants, place);
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
+      mine = mine + part(group, constants, place);
     });
     const Part all = team_.all(mine, Sum());
     if (!team_.is_first_thread()) return;
@@ -248,8 +255,8 @@ class RowTokenStats : RowReader<Walk> {
     }
   };
 
-  KLDIV_DEVICE Part part(const Group<acc_t>& teacher, const Group<acc_t>& student, const RowConstants<acc_t>& constants,
-                         const Place& place) const {
+  KLDIV_DEVICE Part part(const Groups<acc_t>& group, const RowConstants<acc_t>& constants, const Place& place) const {
+    const auto& [teacher, student] = group;
     Part part;
     KLDIV_UNROLL
     for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
@@ -299,21 +306,19 @@ constexpr bool kHasResident = requires { typename Side::scalar_t; } && sizeof(ty
 template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
-  const RowShape streamed = row_shape<acc_t>(args.rows, args.columns);
-  device::Shape resident{};
-  if constexpr (kHasResident<Side>) {  // a backward of its own reads a row but once as it is
-    const size_t scalar_bytes = sizeof(typename Side::scalar_t);
-    if (args.row_loss) resident = resident_shape(device::properties(), args.rows, args.columns, scalar_bytes);
-  }
   dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
     using Divergence = std::decay_t<decltype(divergence)>;
     const Scaling<acc_t> scaling(args);  // quotients are made here: many GPUs are slow in double
     if constexpr (kHasResident<Side>) {
-      if (resident.blocks > 0) {
-        device::launch(distil_resident_rows<Side, Divergence>, resident, stream, args, divergence, scaling);
-        return;
+      if (args.row_loss) {  // a backward of its own reads a row but once as it is
+        const auto kernel = distil_resident_rows<Side, Divergence>;
+        const auto active = [&](const device::Shape& shape) { return device::active_clusters(kernel, shape); };
+        const device::Shape shape = resident_shape(device::properties(), args.rows, args.columns,
+                                                   sizeof(typename Side::scalar_t), active);
+        if (shape.blocks > 0) return device::launch(kernel, shape, stream, args, divergence, scaling);
       }
     }
+    const RowShape streamed = row_shape<acc_t>(args.rows, args.columns);
     device::launch(distil_rows<Side, Divergence>, streamed.shape, stream, args, divergence, scaling, streamed.width);
   });
 }

@@ -62,7 +62,7 @@ constexpr ClusterRule kClusterRules[] = {
     {2, 2},   //
     {4, 2},   //
     {8, 2},   // the largest cluster that all devices with clusters have
-    {16, 2},  //
+    {16, 2},  // what data centres' GPUs have besides
     {8, 1},   // loads still overlap with arithmetic, because the next row's begin while this one's gradient is written
     {16, 1},  //
 };
@@ -75,20 +75,24 @@ constexpr int64_t kMinResidentColumns = 1025;
 // Of a block's shared memory, for partial results and what CUDA takes itself.
 constexpr size_t kReservedBytes = 14 * 1024;
 
-// No blocks where the device has no clusters, no rule fits, or the environment's KLDIV_EXT_CUDA_TIER is "portable".
-inline device::Shape resident_shape(const device::Properties& device, int64_t rows, int64_t columns, size_t scalar_bytes) {
+// A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the
+// number of clusters that the device runs at a time, is not 0. No blocks where there is none, or where the
+// environment's KLDIV_EXT_CUDA_TIER is "portable".
+template <typename Active>
+device::Shape resident_shape(const device::Properties& device, int64_t rows, int64_t columns, size_t scalar_bytes,
+                             const Active& active) {
   const char* tier = std::getenv("KLDIV_EXT_CUDA_TIER");
   if (!device.clusters || columns < kMinResidentColumns || (tier && std::strcmp(tier, "portable") == 0)) return {};
-  // Clusters of 16 have to be asked for, and only data centres' GPUs have them.
-  const int max_cluster = device.compute_capability < 110 ? 16 : 8;
   const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>;
   for (const ClusterRule& rule : kClusterRules) {
     const int64_t per_step = rule.blocks * kClusterThreads, steps = (groups + per_step - 1) / per_step;
     const size_t bytes = steps * kClusterThreads * 2 * kGroup<float> * scalar_bytes;
-    if (rule.blocks > max_cluster || rule.per_multiprocessor * (bytes + kReservedBytes) > device.shared_bytes_per_block)
-      continue;
-    const int64_t fit = std::max(device.multiprocessors * rule.per_multiprocessor / rule.blocks, 1);
-    return {std::min(rows, fit) * rule.blocks, kClusterThreads, rule.blocks, bytes};
+    if (rule.per_multiprocessor * (bytes + kReservedBytes) > device.shared_bytes_per_block) continue;
+    device::Shape shape{rule.blocks, kClusterThreads, rule.blocks, bytes};
+    const int64_t clusters = active(shape);
+    if (clusters == 0) continue;
+    shape.blocks *= std::min(rows, clusters);
+    return shape;
   }
   return {};
 }

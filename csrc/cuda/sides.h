@@ -1,6 +1,7 @@
 // One side of a row: where its logits are, and where its gradient goes.
 #pragma once
 
+#include "../row_state.h"
 #include "groups.h"
 #include "team.h"
 
@@ -15,28 +16,44 @@ struct Place {
   KLDIV_DEVICE int stride() const { return 1 << shift; }
 };
 
-// Calls body(place) for each group of `columns` that falls to this thread of the team. Side by side where that leaves
-// no part of a group, so that all of them are 16-byte accesses; otherwise, where rows begin at any address, a group is
-// what one lane takes of neighbouring columns that the lanes read together.
-template <typename acc_t, typename Team, typename Body>
-KLDIV_DEVICE void for_each_place(uint32_t columns, const Team& team, const Body& body) {
-  constexpr uint32_t kSize = kGroup<acc_t>;
-  const bool side_by_side = columns % kSize == 0;
-  const uint32_t lane = side_by_side ? 0 : team.thread() % team.lanes();
-  const int shift = side_by_side ? 0 : team.log2_lanes();
-  KLDIV_NO_UNROLL
-  for (uint32_t first = (team.thread() - lane) * kSize + lane; first < columns; first += team.threads() * kSize) {
-    const uint32_t left = (columns - first + (1u << shift) - 1) >> shift;
-    body(Place{first, shift, static_cast<int>(left < kSize ? left : kSize)});
+// The groups of `columns` that fall to this thread of a team. Side by side where that leaves no part of a group, so that
+// all of them are 16-byte accesses; otherwise, where rows begin at any address, a group is what one lane takes of
+// neighbouring columns that the lanes read together.
+template <typename acc_t>
+class Places {
+ public:
+  template <typename Team>
+  KLDIV_DEVICE Places(uint32_t columns, const Team& team)
+      : columns_(columns), step_(team.threads() * kSize), shift_(columns % kSize == 0 ? 0 : team.log2_lanes()) {
+    const uint32_t lane = shift_ == 0 ? 0 : team.thread() % team.lanes();
+    first_ = (team.thread() - lane) * kSize + lane;
   }
-}
 
-// How many groups that is.
-template <typename acc_t, typename Team>
-KLDIV_DEVICE int count_places(uint32_t columns, const Team& team) {
-  const uint32_t step = team.threads() * kGroup<acc_t>, first = team.thread() * kGroup<acc_t>;
-  return columns > first ? static_cast<int>((columns - first + step - 1) / step) : 0;
-}
+  KLDIV_DEVICE int count() const {
+    return columns_ > first_ ? static_cast<int>((columns_ - first_ + step_ - 1) / step_) : 0;
+  }
+  KLDIV_DEVICE Place operator[](int index) const { return at(first_ + index * step_); }
+
+  // Calls body(place, index) for each.
+  template <typename Body>
+  KLDIV_DEVICE void for_each(const Body& body) const {
+    int index = 0;
+    KLDIV_NO_UNROLL
+    for (uint32_t first = first_; first < columns_; first += step_) body(at(first), index++);
+  }
+
+ private:
+  static constexpr uint32_t kSize = kGroup<acc_t>;
+
+  KLDIV_DEVICE Place at(uint32_t first) const {
+    const uint32_t left = (columns_ - first + (1u << shift_) - 1) >> shift_;
+    return {first, shift_, static_cast<int>(left < kSize ? left : kSize)};
+  }
+
+  const uint32_t columns_, step_;
+  const int shift_;
+  uint32_t first_;
+};
 
 // Whether DenseSide can read both sides, and write a gradient.
 inline bool is_dense(const LogitsArgs& args) {
@@ -68,7 +85,7 @@ class DenseSide {
   KLDIV_DEVICE const scalar_t* at(uint32_t column) const { return row_ + column; }
 
   // Whether logits have so few digits that Difference may take the rows' maxima off first: 16 bits.
-  KLDIV_DEVICE static std::bool_constant<sizeof(scalar_t) == 2> narrow(const LogitsArgs&, const Scaling<acc_t>&) {
+  KLDIV_DEVICE static Constant<sizeof(scalar_t) == 2> narrow(const LogitsArgs&, const Scaling<acc_t>&) {
     return {};
   }
 

@@ -11,6 +11,12 @@ enum class Pass { kFirst, kMiddle, kLast };
 
 constexpr float kNoColumn = -__builtin_inff();  // the logit, on both sides, of what pads a group
 
+// Groups of both sides.
+template <typename acc_t>
+struct Groups {
+  Group<acc_t> teacher, student;
+};
+
 // Any team, any side. What is read again soon is left in the caches.
 template <typename SideType>
 class Streamed {
@@ -20,24 +26,35 @@ class Streamed {
   using TeamType = Team<false>;
 
   KLDIV_DEVICE Streamed(const LogitsArgs& args, const Scaling<acc_t>&, const TeamType& team)
-      : team_(team), columns_(args.columns) {}
+      : args_(args), team_(team) {}
 
-  // `next` is the row that comes after this one, if any.
-  KLDIV_DEVICE void begin(int64_t /*next*/) const {}
+  // Before a row's first pass, and before its last: `next` is the row that comes after it, if any.
+  KLDIV_DEVICE void begin() const {}
+  KLDIV_DEVICE void prepare(int64_t /*next*/) const {}
 
-  // Calls body(teacher's group, student's group, place) for this thread's groups. `last`: of what is gone through again
-  // sometimes, whether it is not.
+  // Calls body(groups, place, index) for this thread's groups. `last`: of what is gone through again sometimes, whether
+  // it is not.
   template <Pass pass, typename Body>
   KLDIV_DEVICE void walk(const Side& teacher, const Side& student, bool /*last*/, const Body& body) const {
     constexpr Use use = pass == Pass::kLast ? Use::kOnce : Use::kAgain;
-    for_each_place<acc_t>(columns_, team_, [&](const Place& place) {
-      body(teacher.template load<use>(place, kNoColumn), student.template load<use>(place, kNoColumn), place);
-    });
+    places().for_each([&](const Place& place, int index) { body(load<use>(teacher, student, place), place, index); });
+  }
+
+  // Those of that index, again.
+  KLDIV_DEVICE Groups<acc_t> again(const Side& teacher, const Side& student, int index) const {
+    return load<Use::kAgain>(teacher, student, places()[index]);
   }
 
  private:
+  template <Use use>
+  KLDIV_DEVICE static Groups<acc_t> load(const Side& teacher, const Side& student, const Place& place) {
+    return {teacher.template load<use>(place, kNoColumn), student.template load<use>(place, kNoColumn)};
+  }
+
+  KLDIV_DEVICE Places<acc_t> places() const { return {static_cast<uint32_t>(args_.columns), team_}; }
+
+  const LogitsArgs& args_;
   const TeamType& team_;
-  const uint32_t columns_;
 };
 
 // The blocks of a cluster hold a row in their shared memory, each thread what it is going to work on: nobody waits for
@@ -50,12 +67,10 @@ class Resident {
   using TeamType = Team<true>;
 
   KLDIV_DEVICE Resident(const LogitsArgs& args, const Scaling<acc_t>& scaling, const TeamType& team)
-      : args_(args), scaling_(scaling), team_(team), slots_(count_places<acc_t>(args.columns, team)) {}
+      : args_(args), scaling_(scaling), team_(team) {}
 
-  KLDIV_DEVICE void begin(int64_t next) {
-    next_ = next;
-    fetched_ = fetching_;
-  }
+  KLDIV_DEVICE void begin() { fetched_ = fetching_; }
+  KLDIV_DEVICE void prepare(int64_t next) { next_ = next; }
 
   // Starts to read a row.
   KLDIV_DEVICE void fetch(int64_t row) {
@@ -63,50 +78,49 @@ class Resident {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     fetching_ = can_fetch(teacher, student);
     if (!fetching_) return;
-    unsigned char* slot = first_slot();
-    for_each_place<acc_t>(args_.columns, team_, [&](const Place& place) {
-      copy(teacher, student, place, slot);
-      slot += slot_bytes();
-    });
+    places().for_each([&](const Place& place, int index) { copy(teacher, student, place, slot(index)); });
   }
 
   template <Pass pass, typename Body>
   KLDIV_DEVICE void walk(const Side& teacher, const Side& student, bool last, const Body& body) {
-    unsigned char* slot = first_slot();
-    int behind = slots_;
     const bool fetch_next = last && next_ < args_.rows;
     const int64_t row = fetch_next ? next_ : 0;
     const Side next_teacher(args_.teacher, scaling_.teacher, row), next_student(args_.student, scaling_.student, row);
     if (last) fetching_ = fetch_next && can_fetch(next_teacher, next_student);
-    for_each_place<acc_t>(args_.columns, team_, [&](const Place& place) {
+    const Places<acc_t> places = this->places();
+    const int after_first = places.count() - 1;
+    places.for_each([&](const Place& place, int index) {
+      unsigned char* const slot = this->slot(index);
       if constexpr (pass == Pass::kFirst) {
         if (fetched_) {
-          device::await_copies(--behind);
+          device::await_copies(after_first - index);
         } else {
           put(slot, 0, teacher.template load<Use::kOnce>(place, kNoColumn));
           put(slot, 1, student.template load<Use::kOnce>(place, kNoColumn));
         }
       }
-      const Group<acc_t> t = get(slot, 0), s = get(slot, 1);
-      body(t, s, place);
+      body(get(slot), place, index);
       if constexpr (pass != Pass::kFirst) {
         if (last && fetching_) copy(next_teacher, next_student, place, slot);
       }
-      slot += slot_bytes();
     });
   }
+
+  KLDIV_DEVICE Groups<acc_t> again(const Side&, const Side&, int index) const { return get(slot(index)); }
 
  private:
   using scalar_t = typename Side::scalar_t;
   using Bytes16 = device::Bytes16;
   static constexpr int kPieces = Packed<scalar_t>::kPieces;
 
+  // Made anew each time: between the walks it would take registers.
+  KLDIV_DEVICE Places<acc_t> places() const { return {static_cast<uint32_t>(args_.columns), team_}; }
+
   // Threads side by side in each step of 16 bytes.
-  KLDIV_DEVICE static unsigned char* first_slot() {
-    return device::dynamic_shared() + device::thread() * sizeof(Bytes16);
+  KLDIV_DEVICE static unsigned char* slot(int index) {
+    return device::dynamic_shared() + device::thread() * sizeof(Bytes16) + index * 2 * kPieces * piece_bytes();
   }
   KLDIV_DEVICE static int piece_bytes() { return device::threads() * static_cast<int>(sizeof(Bytes16)); }
-  KLDIV_DEVICE static int slot_bytes() { return 2 * kPieces * piece_bytes(); }
   KLDIV_DEVICE static Bytes16* piece(unsigned char* slot, int side, int i) {
     return reinterpret_cast<Bytes16*>(slot + (side * kPieces + i) * piece_bytes());
   }
@@ -125,6 +139,7 @@ class Resident {
     device::commit_copies();
   }
 
+  KLDIV_DEVICE static Groups<acc_t> get(unsigned char* slot) { return {get(slot, 0), get(slot, 1)}; }
   KLDIV_DEVICE static Group<acc_t> get(unsigned char* slot, int side) {
     Packed<scalar_t> packed;
     KLDIV_UNROLL
@@ -140,7 +155,6 @@ class Resident {
   const LogitsArgs& args_;
   const Scaling<acc_t>& scaling_;
   const TeamType& team_;
-  const int slots_;
   int64_t next_ = 0;
   bool fetched_ = false, fetching_ = false;
 };

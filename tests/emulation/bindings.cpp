@@ -42,8 +42,9 @@ void emulated_set_device(int compute_capability, int multiprocessors, int64_t sh
 
 // What a launch over so many rows looks like on the present device: blocks, threads, cluster, bytes of shared memory.
 void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes, int64_t* shape) {
-  const auto& [blocks, threads, cluster, bytes] =
-      kldiv::cuda::resident_shape(kldiv::device::properties(), rows, columns, static_cast<size_t>(scalar_bytes));
+  const auto active = [](const auto& shape) { return kldiv::device::active_clusters(emulated_resident_shape, shape); };
+  const auto [blocks, threads, cluster, bytes] = kldiv::cuda::resident_shape(
+      kldiv::device::properties(), rows, columns, static_cast<size_t>(scalar_bytes), active);
   std::copy_n(std::initializer_list<int64_t>{blocks, threads, cluster, static_cast<int64_t>(bytes)}.begin(), 4, shape);
 }
 // And, where rows are streamed: blocks, threads, and how many threads share a row.

@@ -1,6 +1,7 @@
 // The names of csrc/cuda/device.h for a compiler without CUDA: threads are fibers, device memory is memory.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 
@@ -91,6 +92,14 @@ inline void commit_copies() { emulation::commit_copies(); }
 inline void await_copies(int but) { emulation::await_copies(but); }
 
 inline const Properties& properties() { return emulation::properties(); }
+// As if any blocks could be a cluster, two of them on a multiprocessor.
+template <typename Kernel>
+int active_clusters(Kernel*, const Shape& shape) {
+  const auto [capability, multiprocessors, shared_bytes, clusters] = properties();
+  const int64_t per_multiprocessor = std::min<int64_t>(shared_bytes / (shape.shared_bytes + 1024), 2);
+  const bool possible = clusters && shape.cluster <= (capability < 110 ? 16 : 8);
+  return possible ? static_cast<int>(multiprocessors * per_multiprocessor / shape.cluster) : 0;
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, void* /*stream*/, const Arguments&... arguments) {
