@@ -1,7 +1,8 @@
-"""Plots and README tables from the committed results: `python -m benchmarks.report [--check]`."""
+"""Plots and the documents' tables from the committed results: `python -m benchmarks.report [--check]`."""
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_accuracy
+from benchmarks import report_accuracy, report_resources
 from benchmarks.modes import FEW_MODES, SMALL
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "GPU_STATUS.md")
 MARKED = re.compile(r"(<!-- benchmark:(\S+) begin -->\n).*?(<!-- benchmark:\2 end -->)", re.DOTALL)
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # as tables are named, as results name it
@@ -248,6 +250,8 @@ def _caption(table: Table, run: Run) -> str:
 
 def generate(name: str, results: Path) -> str:
     """The text of one table, for example "cpu-summary"."""
+    if name == "cuda-resources":
+        return _resources(results)
     device, _, kind = name.partition("-")
     if device in DEVICES and kind == "all":
         return _all(device, results)
@@ -260,6 +264,14 @@ def generate(name: str, results: Path) -> str:
     if run is None:
         return unmeasured(device, "speed")
     return _markdown(TABLES[kind], run) + "\n\n" + _caption(TABLES[kind], run)
+
+
+def _resources(results: Path) -> str:
+    """What the compiled CUDA kernels take."""
+    path = results / report_resources.FILE
+    if not path.exists():
+        return "What the compiled kernels take has not been recorded yet."
+    return report_resources.markdown(json.loads(path.read_text()))
 
 
 def _all(device: str, results: Path) -> str:
@@ -284,11 +296,11 @@ def unmeasured(device: str, what: str) -> str:
     return f"The {what} of the {KERNELS[device]} kernels has not been measured yet."
 
 
-def render(readme: str, results: Path) -> str:
-    """The README with the text between all benchmark markers made anew."""
-    text, found = MARKED.subn(lambda m: f"{m[1]}{generate(m[2], results)}\n{m[3]}", readme)
-    if found != readme.count("<!-- benchmark:") / 2:
-        raise ValueError("the README has a benchmark marker without its partner")
+def render(document: str, results: Path) -> str:
+    """The document with the text between all benchmark markers made anew."""
+    text, found = MARKED.subn(lambda m: f"{m[1]}{generate(m[2], results)}\n{m[3]}", document)
+    if found != document.count("<!-- benchmark:") / 2:
+        raise ValueError("a document has a benchmark marker without its partner")
     return text
 
 
@@ -360,17 +372,22 @@ def _bars(rows: list[Row], run: Run, field: str, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="fail if a document is out of date")
     args = parser.parse_args(argv)
-    readme = README.read_text(encoding="utf-8")
-    text = render(readme, RESULTS)
+    stale = {}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        made = render(text, RESULTS)
+        if made != text:
+            stale[document] = made
     if args.check:
-        if text != readme:
-            print("README.md differs: run python -m benchmarks.report", file=sys.stderr)
-        return int(text != readme)
-    README.write_text(text, encoding="utf-8")
+        for document in stale:
+            print(f"{document.name} differs: run python -m benchmarks.report", file=sys.stderr)
+        return int(bool(stale))
+    for document, made in stale.items():
+        document.write_text(made, encoding="utf-8")
     for path in plot(RESULTS):
-        print(path.relative_to(README.parent))
+        print(os.path.relpath(path))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmark command and the report that makes the README's tables."""
+"""The benchmark command and the report that makes the documents' tables."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_wrong_readme_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "a.json", "2026-02-01T00:00:00+00:00", ms=2.5)
     readme = tmp_path / "README.md"
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "DOCUMENTS", (readme,))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     readme.write_text(README)
     assert report.main(["--check"]) == 1
@@ -135,9 +135,11 @@ def test_bad_markers_raise(tmp_path: Path, text: str) -> None:
         report.render(text, tmp_path)
 
 
-def test_readme_agrees_with_the_committed_results() -> None:
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.render(readme, report.RESULTS) == readme, "run python -m benchmarks.report"
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_agree_with_the_committed_results(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert "<!-- benchmark:" in text
+    assert report.render(text, report.RESULTS) == text, "run python -m benchmarks.report"
 
 
 def test_quick_check_runs(tmp_path: Path) -> None:

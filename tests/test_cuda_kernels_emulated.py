@@ -14,6 +14,7 @@ import torch
 from emulation import harness
 from torch import Tensor
 
+from benchmarks import resources
 from kldiv_ext import reference
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
@@ -431,6 +432,21 @@ def test_shapes_of_streamed_rows(kernels: harness.Kernels) -> None:
                 assert threads % width == 0 and threads % 32 == 0 and width in (8, 16, 32, 64, 128, 256, 512)
                 assert threads == width or width <= 32
                 assert blocks == min(-(-rows * width // threads), 65_536)
+
+
+@pytest.mark.parametrize("device", resources.DEVICES, ids=lambda device: device.name)
+def test_launches_fit_their_devices(kernels: harness.Kernels, device: resources.Device) -> None:
+    """With the registers that launch bounds leave, and the shared memory that is reserved for what is not logits."""
+    launches = list(resources.launches(kernels, device))
+    names = (resources.STREAMED, resources.RESIDENT) if device.clusters else (resources.STREAMED,)
+    assert {launch.kernel for launch in launches} == {*names}
+    for launch in launches:
+        reserved = 13 * 1024 if launch.kernel == resources.RESIDENT else 4 * 1024
+        shared = launch.dynamic_shared + reserved
+        blocks = resources.blocks_per_multiprocessor(device, launch.threads, 128, shared)
+        assert blocks >= 1, launch
+        if (device.name, launch.dtype, launch.threads) == ("H200", "bfloat16", 256):
+            assert blocks == 2, launch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

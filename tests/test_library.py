@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import os
@@ -21,10 +20,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kldiv_ext
+from benchmarks import resources
 from kldiv_ext import _library, functional, info, reference
 
 PACKAGE = Path(kldiv_ext.__file__).parent
 OBJECTS = sorted(PACKAGE.glob("*.so"))
+CUDA_OBJECT = PACKAGE / resources.OBJECT
 PUBLIC = [kldiv_ext.kl_div, kldiv_ext.distillation_loss, kldiv_ext.KLDivLoss, kldiv_ext.DistillationLoss]
 
 
@@ -41,6 +42,12 @@ def run_python(*arguments: str, cwd: Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def needs_cuda_object(test: Any) -> Any:
+    """One that cuobjdump can be asked about."""
+    test = pytest.mark.skipif(not CUDA_OBJECT.exists(), reason="built without CUDA kernels")(test)
+    return pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump")(test)
 
 
 # ---------------------------------------------------------------- the shared objects
@@ -63,23 +70,42 @@ def test_objects_need_nothing_of_libtorch_but_its_stable_abi(path: Path) -> None
     assert [symbol for symbol in needed if symbol.startswith("cuda")] == [] or path.name == "_C_cuda.abi3.so"
 
 
-def cuobjdump() -> str | None:
-    """Of the CUDA toolkit, or the one that torch's Triton brings."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(p) / "backends/nvidia/bin" for p in (triton and triton.submodule_search_locations) or []]
-    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
-
-
-@pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason="built without CUDA kernels")
-@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+@needs_cuda_object
 def test_cuda_kernels_keep_everything_in_registers() -> None:
     """A stack would hold what was spilled, or an array that is indexed at run time."""
-    tool = cuobjdump()
-    assert tool is not None
-    listed = subprocess.check_output([tool, "--dump-resource-usage", PACKAGE / "_C_cuda.abi3.so"], text=True)
-    kernels = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", listed)
-    assert any("distil_rows" in name for name, *_ in kernels)
-    assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
+    kernels = resources.read_usage(CUDA_OBJECT)
+    assert {kernel["kernel"] for kernel in kernels} >= {*resources.ROW_KERNELS, "pointwise_elements", "scale_elements"}
+    assert [kernel for kernel in kernels if (kernel["stack"], kernel["local"]) != (0, 0)] == []
+
+
+# What the code of a row kernel for logits that lie side by side has to have.
+WIDE_ACCESSES = {
+    resources.STREAMED: ("loads_16", "stores_16"),
+    resources.RESIDENT: ("loads_16", "stores_16", "copies_16", "shared_loads_16"),
+    "stats_of_rows": ("loads_16",),
+}
+
+
+@needs_cuda_object
+def test_cuda_row_kernels_move_16_bytes_at_a_time() -> None:
+    """Without clusters, before sm_90, resident kernels are empty."""
+    seen = set()
+    for kernel in resources.read(CUDA_OBJECT):
+        architecture, name = kernel["architecture"], kernel["kernel"]
+        empty = name == resources.RESIDENT and resources.number(architecture) < 90
+        if empty or resources.dense_dtype(kernel) not in ("bfloat16", "float16", "float32"):
+            continue
+        seen.add((architecture, name))
+        what = architecture, name, kernel["arguments"]
+        for access in WIDE_ACCESSES[name]:
+            assert kernel[access] > 0, (*what, access)
+        assert kernel["spills"] == 0, what
+        phases = {loop["phase"] for loop in kernel["loops"]}
+        assert phases >= ({"1", "2", "3"} if "stores_16" in WIDE_ACCESSES[name] else {"1", "2"}), what
+    architectures = {architecture for architecture, _ in seen}
+    assert architectures and seen >= {
+        (a, name) for a in architectures for name in (resources.STREAMED, "stats_of_rows")
+    }
 
 
 # ---------------------------------------------------------------- import
@@ -173,7 +199,7 @@ def test_reasons_for_missing_cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert _library._load_cuda().startswith("_C_cuda.abi3.so does not load: ")
 
 
-@pytest.mark.skipif(not (PACKAGE / "_C_cuda.abi3.so").exists(), reason="built without CUDA kernels")
+@pytest.mark.skipif(not CUDA_OBJECT.exists(), reason="built without CUDA kernels")
 @pytest.mark.skipif(
     (torch.version.cuda or "").split(".")[0] != (_library._build_info.cuda_version or "").split(".")[0],
     reason="torch is built without CUDA, or with another major version of it",
