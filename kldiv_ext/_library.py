@@ -14,9 +14,13 @@ from . import _C, _build_info
 DIVERGENCES: dict[str, str] = _C.divergences
 """Every divergence and the name of its parameter ("" for none)."""
 
-_isa = os.environ.get("KLDIV_EXT_CPU_ISA", "")
-if _isa not in ("", "avx512", "avx2", "portable"):
-    raise ValueError(f"the environment's KLDIV_EXT_CPU_ISA must be avx512, avx2 or portable, but is {_isa!r}")
+# What the environment may force upon the kernels.
+_FORCED = {"KLDIV_EXT_CPU_ISA": ("avx512", "avx2", "portable"), "KLDIV_EXT_CUDA_TIER": ("hopper", "portable")}
+for _variable, _allowed in _FORCED.items():
+    _value = os.environ.get(_variable, "")
+    if _value not in ("", *_allowed):
+        _names = ", ".join(_allowed[:-1]) + " or " + _allowed[-1]
+        raise ValueError(f"the environment's {_variable} must be {_names}, but is {_value!r}")
 
 
 def _load_cuda() -> str:

@@ -127,14 +127,22 @@ def test_info(tmp_path: Path) -> None:
     assert info.collect()["torch"] == torch.__version__
 
 
-def test_unknown_instruction_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("KLDIV_EXT_CPU_ISA", "sse", "avx512, avx2 or portable"),
+        ("KLDIV_EXT_CUDA_TIER", "ampere", "hopper or portable"),
+    ],
+)
+def test_what_the_environment_cannot_ask_for(tmp_path: Path, variable: str, value: str, allowed: str) -> None:
     script = (
         "try:\n    import kldiv_ext\nexcept ValueError as error:\n    print(error)\n"
         "else:\n    print(kldiv_ext.distillation_loss)"
     )
-    printed = run_python("-c", script, cwd=tmp_path, KLDIV_EXT_CPU_ISA="sse")
-    assert printed == "the environment's KLDIV_EXT_CPU_ISA must be avx512, avx2 or portable, but is 'sse'\n"
-    assert "function" in run_python("-c", script, cwd=tmp_path, KLDIV_EXT_CPU_ISA="")
+    printed = run_python("-c", script, cwd=tmp_path, **{variable: value})
+    assert printed == f"the environment's {variable} must be {allowed}, but is {value!r}\n"
+    assert "function" in run_python("-c", script, cwd=tmp_path, **{variable: ""})
+    assert "function" in run_python("-c", script, cwd=tmp_path, **{variable: "portable"})
 
 
 @pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])

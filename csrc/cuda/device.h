@@ -1,5 +1,6 @@
 // All that kernels take from CUDA, under names of our own: nothing else in this folder says threadIdx, __shfl,
-// __shared__ or cluster. So a compiler without CUDA can build the same kernels for tests/emulation, which brings these names.
+// __shared__ or cluster. So a compiler without CUDA can build the same kernels for tests/emulation, which brings these
+// names.
 #pragma once
 
 #include "../platform.h"
@@ -127,12 +128,12 @@ KLDIV_DEVICE T broadcast(const T& x, int width = kWarp) {
   return detail::shuffled(x, [=](uint32_t word) { return __shfl_sync(shuffle_mask(width), word, 0, width); });
 }
 
-// Of a float, in one instruction. The special function unit's take subnormal numbers for 0; relative errors up to 2^-22,
-// 2^-23 and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22. maximum and minimum are NaN where
-// either number is. For the device alone, but called by functions that are for both.
+// Of a float, in one instruction. The special function unit's take subnormal numbers for 0; relative errors up to
+// 2^-22, 2^-23 and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22. maximum and minimum are NaN
+// where either number is. For the device alone, but called by functions that are for both.
 #if defined(__CUDA_ARCH__)
-#define KLDIV_INSTRUCTION(name, ...)    \
-  float result;                         \
+#define KLDIV_INSTRUCTION(name, ...)      \
+  float result;                           \
   asm(name : "=f"(result) : __VA_ARGS__); \
   return result
 #else
@@ -226,8 +227,8 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
 }
 }  // namespace detail
 
-// How many clusters of a shape run at a time on the current device, to be asked before a launch with clusters or dynamic
-// shared memory; 0 where the shape does not fit, or where the kernel's code is not for devices with clusters.
+// How many clusters of a shape run at a time on the current device, to be asked before a launch with clusters or
+// dynamic shared memory; 0 where the shape does not fit, or where the kernel's code is not for devices with clusters.
 template <typename Kernel>
 int active_clusters(Kernel* kernel, const Shape& shape) {
   thread_local std::map<std::tuple<Kernel*, int, int, size_t>, int> known;

@@ -43,7 +43,8 @@ struct Cuda {
  private:
   // Columns are counted in 32 bits.
   static void check_columns(const LogitsArgs& args) {
-    STD_TORCH_CHECK(args.columns <= INT32_MAX, "kldiv_ext: a vocabulary of ", args.columns, ", above 2^31 - 1, on CUDA");
+    STD_TORCH_CHECK(args.columns <= INT32_MAX, "kldiv_ext: a vocabulary of ", args.columns,
+                    ", above 2^31 - 1, on CUDA");
   }
 };
 

@@ -33,8 +33,8 @@ class RowReader {
       thread.add(group, index, scaling_.inverse_temperature, narrow());
       if (apart) of_hard = extended(of_hard, group.student, hard_inverse_temperature);
     });
-    RowState<acc_t> mine = thread.state(scaling_.inverse_temperature,
-                                        [&](int index) { return walk_.again(teacher, student, index); });
+    RowState<acc_t> mine =
+        thread.state(scaling_.inverse_temperature, [&](int index) { return walk_.again(teacher, student, index); });
     mine.hard = of_hard;
     RowState<acc_t> all = team_.all(mine, MergeStates<acc_t>{scaling_, apart});
     if (hard && one_temperature) all.hard = all.student;
@@ -70,7 +70,8 @@ class RowDistillation : RowReader<Walk> {
 
  private:
   using Evaluation = Columns<acc_t, Divergence, decltype(Side::narrow({}, std::declval<Scaling<acc_t>>()))>;
-  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
+  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
+      RowReader<Walk>::state;
 
   // `row`, or the first one of this team's after it whose position counts. Others are not read.
   KLDIV_DEVICE int64_t next_that_counts(int64_t row) const {
@@ -107,10 +108,10 @@ class RowDistillation : RowReader<Walk> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
-    RowConstants<acc_t> constants = forward
-                                        ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr),
-                                                              divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
-                                        : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    RowConstants<acc_t> constants =
+        forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr), divergence_,
+                                      scaling_.inverse_temperature, args_.wanted, narrow())
+                : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     const int64_t next = next_that_counts(row + team_.count());
     walk_.prepare(next);
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
@@ -123,8 +124,8 @@ class RowDistillation : RowReader<Walk> {
         loss = hard * cross_entropy(student.logit(label), constants.student.max, constants.hard_log2_sum,
                                     scaling_.hard_inverse_temperature);
       }
-      const RowSums<acc_t> total = together ? sums_with_gradient(columns, teacher, student, row)
-                                            : sums(columns, teacher, student, !gradients);
+      const RowSums<acc_t> total =
+          together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student, !gradients);
       constants.set_sums(total);
       // The probability of a column that the other side excludes may have underflowed: 0 * inf.
       const bool infinite = total.term != total.term && constants.log_ratio == constants.log_ratio;
@@ -261,8 +262,8 @@ class RowTokenStats : RowReader<Walk> {
     KLDIV_UNROLL
     for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
       if (i >= place.n) continue;
-      part.sums = part.sums + StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature,
-                                                    narrow());
+      part.sums = part.sums +
+                  StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature, narrow());
       if (teacher.x[i] == constants.teacher.max) part.teacher_top = place.column(i);
       if (student.x[i] == constants.student.max) part.student_top = place.column(i);
     }
@@ -283,7 +284,7 @@ distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence dive
 
 // A cluster of blocks shares a row.
 template <typename Side, typename Divergence>
-KLDIV_KERNEL(kClusterThreads, kClusterBlocksPerMultiprocessor)
+KLDIV_KERNEL(kMaxClusterThreads, kClusterBlocksPerMultiprocessor)
 distil_resident_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
                      KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
   if constexpr (device::kClusters) {
@@ -313,8 +314,8 @@ void launch_rows(const DistillationArgs& args, void* stream) {
       if (args.row_loss) {  // a backward of its own reads a row but once as it is
         const auto kernel = distil_resident_rows<Side, Divergence>;
         const auto active = [&](const device::Shape& shape) { return device::active_clusters(kernel, shape); };
-        const device::Shape shape = resident_shape(device::properties(), args.rows, args.columns,
-                                                   sizeof(typename Side::scalar_t), active);
+        const device::Shape shape =
+            resident_shape(device::properties(), args.rows, args.columns, sizeof(typename Side::scalar_t), active);
         if (shape.blocks > 0) return device::launch(kernel, shape, stream, args, divergence, scaling);
       }
     }

@@ -54,21 +54,23 @@ RowShape row_shape(int64_t rows, int64_t columns) {
 
 // The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
 struct ClusterRule {
-  int blocks;
-  int per_multiprocessor;  // so many blocks must fit: with two, one computes while the other waits
+  int64_t columns;  // for rows of up to so many columns
+  int blocks, threads;
+  int per_multiprocessor;  // so many blocks must fit: while one waits the others compute
 };
 constexpr ClusterRule kClusterRules[] = {
-    {1, 2},   // nobody to wait for
-    {2, 2},   //
-    {4, 2},   //
-    {8, 2},   // the largest cluster that all devices with clusters have
-    {16, 2},  // what data centres' GPUs have besides
-    {8, 1},   // loads still overlap with arithmetic, because the next row's begin while this one's gradient is written
-    {16, 1},  //
+    {4096, 1, 128, 4},        // nobody to wait for, and more rows under way where each is a few groups per thread
+    {INT64_MAX, 1, 256, 2},   // nobody to wait for
+    {INT64_MAX, 2, 256, 2},   //
+    {INT64_MAX, 4, 256, 2},   //
+    {INT64_MAX, 8, 256, 2},   // the largest cluster that all devices with clusters have
+    {INT64_MAX, 16, 256, 2},  // what data centres' GPUs have besides
+    {INT64_MAX, 8, 256, 1},   // loads still overlap with arithmetic: the next row's begin while this one's gradient is
+    {INT64_MAX, 16, 256, 1},  // written
 };
-// As many as leave each thread of two blocks 128 registers; eight warps, so that a cluster's partial results fit
+// With 512 threads on a multiprocessor each has 128 registers; eight warps, so that a cluster's partial results fit
 // team.h's kMaxWarps.
-constexpr int kClusterThreads = 256;
+constexpr int kMaxClusterThreads = 256;
 constexpr int kClusterBlocksPerMultiprocessor = 2;
 // Below that a row's few groups per thread are still in the L1 cache when they are read again.
 constexpr int64_t kMinResidentColumns = 1025;
@@ -85,10 +87,11 @@ device::Shape resident_shape(const device::Properties& device, int64_t rows, int
   if (!device.clusters || columns < kMinResidentColumns || (tier && std::strcmp(tier, "portable") == 0)) return {};
   const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>;
   for (const ClusterRule& rule : kClusterRules) {
-    const int64_t per_step = rule.blocks * kClusterThreads, steps = (groups + per_step - 1) / per_step;
-    const size_t bytes = steps * kClusterThreads * 2 * kGroup<float> * scalar_bytes;
-    if (rule.per_multiprocessor * (bytes + kReservedBytes) > device.shared_bytes_per_block) continue;
-    device::Shape shape{rule.blocks, kClusterThreads, rule.blocks, bytes};
+    const int64_t per_step = rule.blocks * rule.threads, steps = (groups + per_step - 1) / per_step;
+    const size_t bytes = steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
+    const bool fits = rule.per_multiprocessor * (bytes + kReservedBytes) <= device.shared_bytes_per_block;
+    if (columns > rule.columns || !fits) continue;
+    device::Shape shape{rule.blocks, rule.threads, rule.blocks, bytes};
     const int64_t clusters = active(shape);
     if (clusters == 0) continue;
     shape.blocks *= std::min(rows, clusters);

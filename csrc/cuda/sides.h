@@ -16,8 +16,8 @@ struct Place {
   KLDIV_DEVICE int stride() const { return 1 << shift; }
 };
 
-// The groups of `columns` that fall to this thread of a team. Side by side where that leaves no part of a group, so that
-// all of them are 16-byte accesses; otherwise, where rows begin at any address, a group is what one lane takes of
+// The groups of `columns` that fall to this thread of a team. Side by side where that leaves no part of a group, so
+// that all of them are 16-byte accesses; otherwise, where rows begin at any address, a group is what one lane takes of
 // neighbouring columns that the lanes read together.
 template <typename acc_t>
 class Places {
@@ -85,9 +85,7 @@ class DenseSide {
   KLDIV_DEVICE const scalar_t* at(uint32_t column) const { return row_ + column; }
 
   // Whether logits have so few digits that Difference may take the rows' maxima off first: 16 bits.
-  KLDIV_DEVICE static Constant<sizeof(scalar_t) == 2> narrow(const LogitsArgs&, const Scaling<acc_t>&) {
-    return {};
-  }
+  KLDIV_DEVICE static Constant<sizeof(scalar_t) == 2> narrow(const LogitsArgs&, const Scaling<acc_t>&) { return {}; }
 
   // What d loss / d mapped logits means for the stored ones.
   KLDIV_DEVICE Group<acc_t> chained(const Group<acc_t>& gradient, const Place&) const { return gradient; }
@@ -132,8 +130,7 @@ class AnySide {
 
   KLDIV_DEVICE Group<acc_t> chained(Group<acc_t> gradient, const Place& place) const {
     if (map_.is_identity()) return gradient;
-    const Group<acc_t> slopes =
-        load_slopes(matrix_.data, matrix_.dtype, offset(place), stride(place), place.n, map_);
+    const Group<acc_t> slopes = load_slopes(matrix_.data, matrix_.dtype, offset(place), stride(place), place.n, map_);
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) gradient.x[i] *= slopes.x[i];
     return gradient;

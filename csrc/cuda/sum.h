@@ -12,7 +12,17 @@ template <typename acc_t>
 KLDIV_KERNEL(kSumThreads, 1)
 sum_parts(const acc_t* parts, int64_t count, double scale, acc_t* sum) {
   double mine = 0;
-  for (int64_t i = device::thread(); i < count; i += device::threads()) mine += static_cast<double>(parts[i]);
+  constexpr int kLoads = 8;  // under way at a time: nobody else is there to hide their latency
+  for (int64_t i = device::thread(); i < count; i += kLoads * device::threads()) {
+    acc_t loaded[kLoads];
+    KLDIV_UNROLL
+    for (int j = 0; j < kLoads; ++j) {
+      const int64_t at = i + j * device::threads();
+      loaded[j] = at < count ? parts[at] : acc_t(0);
+    }
+    KLDIV_UNROLL
+    for (int j = 0; j < kLoads; ++j) mine += static_cast<double>(loaded[j]);
+  }
   const double total = Team<false>(kSumThreads).all(mine, Sum());
   if (device::thread() == 0) *sum = static_cast<acc_t>(total * scale);
 }

@@ -32,8 +32,7 @@ template <bool kCluster>
 class Team {
  public:
   // `width` threads of a block are one team's: less than a warp, or all.
-  KLDIV_DEVICE explicit Team(int width)
-      : thread_(device::thread() % width), width_(width) {
+  KLDIV_DEVICE explicit Team(int width) : thread_(device::thread() % width), width_(width) {
     if constexpr (kCluster) {
       rank_ = device::cluster_rank();
       blocks_ = device::cluster_blocks();

@@ -1,6 +1,7 @@
 // The kernels' entry points for ctypes. Each returns null or what went wrong.
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -40,11 +41,24 @@ void emulated_set_device(int compute_capability, int multiprocessors, int64_t sh
       {compute_capability, multiprocessors, static_cast<size_t>(shared_bytes_per_block), clusters});
 }
 
+// Of csrc/cuda/units.h, for n numbers: Decay's ratio, expm1 and excess of |x|, Log1p's value and shortfall of x, and a
+// column's p - q and p (log p - log q) - p + q where log p is 0 and log q is -x.
+void emulated_units(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i, out += 7) {
+    const kldiv::Decay<float> decay(kldiv::absolute(x[i]));
+    const kldiv::Log1p<float> logarithm(x[i]);
+    const kldiv::Pair<float> pair(x[i], 0, static_cast<float>(-x[i] * kldiv::kLog2E));
+    const float all[] = {decay.ratio,         decay.expm1,       decay.excess,         logarithm.value,
+                         logarithm.shortfall, pair.difference(), pair.teacher_excess()};
+    std::copy(std::begin(all), std::end(all), out);
+  }
+}
+
 // What a launch over so many rows looks like on the present device: blocks, threads, cluster, bytes of shared memory.
 void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes, int64_t* shape) {
   const auto active = [](const auto& shape) { return kldiv::device::active_clusters(emulated_resident_shape, shape); };
-  const auto [blocks, threads, cluster, bytes] = kldiv::cuda::resident_shape(
-      kldiv::device::properties(), rows, columns, static_cast<size_t>(scalar_bytes), active);
+  const auto [blocks, threads, cluster, bytes] = kldiv::cuda::resident_shape(kldiv::device::properties(), rows, columns,
+                                                                             static_cast<size_t>(scalar_bytes), active);
   std::copy_n(std::initializer_list<int64_t>{blocks, threads, cluster, static_cast<int64_t>(bytes)}.begin(), 4, shape);
 }
 // And, where rows are streamed: blocks, threads, and how many threads share a row.

@@ -167,6 +167,12 @@ class Kernels:
             *map(_c, (compute_capability, multiprocessors, shared_bytes_per_block, clusters))
         )
 
+    def units(self, x: Tensor) -> Tensor:
+        """Of csrc/cuda/units.h: see emulated_units in bindings.cpp, [n, 7]."""
+        out = torch.empty(x.numel(), 7)
+        self.library.emulated_units(*map(_c, (x.data_ptr(), x.numel(), out.data_ptr())))
+        return out
+
     def resident_shape(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         """Blocks, threads, blocks per cluster and bytes of shared memory; no blocks where rows are streamed."""
         shape = (ctypes.c_int64 * 4)()
