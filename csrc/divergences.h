@@ -104,6 +104,11 @@ struct ForwardKL {
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
     return x.teacher_log_ratio();
   }
+  // By which of the two sums a sum of terms is divided that is made of p and q before they are; see OnePass.
+  template <typename T>
+  KLDIV_HD static T weight(T of_teacher, T) {
+    return of_teacher;
+  }
 };
 
 // D(q || p) from D(p || q).
@@ -130,6 +135,12 @@ struct Exchanged {
     requires requires { divergence.grad_p_shifted(x); }
   {
     return divergence.grad_p_shifted(x.exchanged());
+  }
+  template <typename T>
+  KLDIV_HD static T weight(T of_teacher, T of_student)
+    requires requires { Divergence::weight(of_student, of_teacher); }
+  {
+    return Divergence::weight(of_student, of_teacher);
   }
 };
 

@@ -82,9 +82,20 @@ struct ExpPair {
 };
 
 template <typename acc_t>
+struct OnePassTerm {
+  acc_t value, taken_off;
+};
+
+// A divergence whose sum over a row follows from that of the same terms of e^{(logit - max) / T}, before these become
+// probabilities: sum x d - x + y for KL(x || y), with d = log x - log y.
+template <typename Divergence>
+concept OnePass = requires(float sum) { Divergence::weight(sum, sum); };
+
+template <typename acc_t>
 struct RowState {
   LogSumExp<acc_t> teacher, student;
   acc_t difference = 0;   // teacher.sum - student.sum, but with digits of its own
+  acc_t term = 0;         // that sum, where it is asked for
   LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
   // The other side's logit where one side is largest; of several such columns the largest, on a CPU of those in the
   // first chunk that has any.
@@ -117,6 +128,28 @@ struct RowState {
     teacher.sum += part.teacher.sum * factor.teacher;
     student.sum += part.student.sum * factor.student;
     difference += part.difference * factor.student + part.teacher.sum * factor.difference;
+  }
+
+  // The same for `term`: e^{-d} is exact in d's change, and so all that is added is of the change's own size.
+  template <OnePass Divergence>
+  KLDIV_HD void add_rescaled_term(const RowState& part, const Divergence& divergence, acc_t inverse_temperature) {
+    const acc_t teacher_offset = teacher.offset(), student_offset = student.offset();
+    const ExpPair<acc_t> factor(part.teacher.max, part.student.max, teacher_offset, student_offset,
+                                inverse_temperature);
+    const acc_t change =
+        Difference<acc_t>(teacher_offset, student_offset)(part.teacher.max, part.student.max) * inverse_temperature;
+    const acc_t of_change = divergence.term(Pair<acc_t>::of(change, factor.teacher, factor.student));
+    term += part.term * Divergence::weight(factor.teacher, factor.student) + part.difference * factor.difference +
+            Divergence::weight(part.teacher.sum, part.student.sum) * of_change;
+  }
+
+  // The divergence, and what was taken off for it: as much as that is larger, as much larger is the error.
+  template <OnePass Divergence>
+  KLDIV_HD OnePassTerm<acc_t> one_pass_term(const Divergence& divergence, acc_t log_ratio) const {
+    const acc_t per_weight = 1 / Divergence::weight(teacher.sum, student.sum);
+    const acc_t taken_off =
+        divergence.term(Pair<acc_t>::of(log_ratio, teacher.sum * per_weight, student.sum * per_weight));
+    return {term * per_weight - taken_off, taken_off};
   }
 
  private:

@@ -15,11 +15,16 @@ KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
   return max;
 }
 
+// In place of a divergence: no terms in phase 1.
+struct NoTerms {};
+
 // Phase 1 of one thread's groups. Sums are relative to bases that follow the maxima only when those are far ahead, and
 // which group has a maximum is enough to know until all are seen: nearly always some lane of a warp has a new one.
-template <typename acc_t>
+template <typename acc_t, typename Terms>
 class ThreadState {
  public:
+  KLDIV_DEVICE explicit ThreadState(const Terms& terms) : terms_(terms) {}
+
   template <typename Bool>
   KLDIV_DEVICE void add(const Groups<acc_t>& group, int index, acc_t inverse_temperature, Bool narrow) {
     const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
@@ -29,7 +34,7 @@ class ThreadState {
       base_ = rebased(teacher, student, inverse_temperature);
     }
     const acc_t teacher_offset = base_.teacher.offset(), student_offset = base_.student.offset();
-    acc_t teacher_sum = 0, student_sum = 0, difference = 0;
+    acc_t teacher_sum = 0, student_sum = 0, difference = 0, term = 0;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const ExpPair<acc_t> x(group.teacher.x[i], group.student.x[i], teacher_offset, student_offset,
@@ -37,10 +42,16 @@ class ThreadState {
       teacher_sum += x.teacher;
       student_sum += x.student;
       difference += x.difference;
+      if constexpr (OnePass<Terms>) {
+        const Difference<acc_t> between(teacher_offset, student_offset, narrow);
+        const acc_t d = between(group.teacher.x[i], group.student.x[i]) * inverse_temperature;
+        term += terms_.term(Pair<acc_t>::of(d, x.teacher, x.student));
+      }
     }
     base_.teacher.sum += teacher_sum;
     base_.student.sum += student_sum;
     base_.difference += difference;
+    base_.term += term;
   }
 
   // again(index): that group.
@@ -78,6 +89,7 @@ class ThreadState {
     state.teacher.max = teacher_max;
     state.student.max = student_max;
     state.add_rescaled(base_, inverse_temperature);
+    if constexpr (OnePass<Terms>) state.add_rescaled_term(base_, terms_, inverse_temperature);
     return state;
   }
 
@@ -89,13 +101,15 @@ class ThreadState {
     return largest;
   }
 
+  const Terms& terms_;
   RowState<acc_t> base_;
   Largest teacher_, student_;
 };
 
 // The states of all lanes, to the first of each `width`: first the maxima, so that each rescales its sums but once.
-template <typename acc_t>
+template <typename acc_t, typename Terms>
 struct MergeStates {
+  const Terms& terms;
   const Scaling<acc_t>& scaling;
   bool hard;  // whether RowState::hard is in use
 
@@ -111,6 +125,10 @@ struct MergeStates {
     merged.teacher.sum = sums.teacher;
     merged.student.sum = sums.student;
     merged.difference = sums.difference;
+    if constexpr (OnePass<Terms>) {
+      merged.add_rescaled_term(mine, terms, scaling.inverse_temperature);
+      merged.term = Sum()(merged.term, width);
+    }
     if (hard) {
       merged.hard = mine.hard;
       KLDIV_NO_UNROLL
@@ -122,7 +140,12 @@ struct MergeStates {
     return merged;
   }
   KLDIV_DEVICE RowState<acc_t> two(const RowState<acc_t>& a, const RowState<acc_t>& b) const {
-    return a.merged(b, scaling);
+    RowState<acc_t> both = a.merged(b, scaling);
+    if constexpr (OnePass<Terms>) {
+      both.add_rescaled_term(a, terms, scaling.inverse_temperature);
+      both.add_rescaled_term(b, terms, scaling.inverse_temperature);
+    }
+    return both;
   }
 
  private:

@@ -170,17 +170,19 @@ struct Properties {
   bool clusters;
 };
 
+namespace detail {
+inline int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+}  // namespace detail
+
 // Of the current device.
 inline Properties properties() {
-  int device = 0;
-  cudaGetDevice(&device);
-  const auto attribute = [device](cudaDeviceAttr name) {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, name, device);
-    return value;
-  };
-  return {static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          attribute(cudaDevAttrClusterLaunch) != 0};
+  return {static_cast<size_t>(detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          detail::attribute(cudaDevAttrClusterLaunch) != 0};
 }
 
 struct Shape {
@@ -218,10 +220,17 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(shape, cluster);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  cudaError_t error;
+  if (shape.cluster == 1) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, shape.threads, shape.shared_bytes);
+    clusters *= attribute(cudaDevAttrMultiProcessorCount);
+  } else {
+    cudaLaunchAttribute cluster;
+    const cudaLaunchConfig_t config = configuration(shape, cluster);
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  }
+  if (error == cudaSuccess) return clusters;
   cudaGetLastError();  // no error of a launch: there will be another shape
   return 0;
 }
@@ -231,10 +240,10 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
 // dynamic shared memory; 0 where the shape does not fit, or where the kernel's code is not for devices with clusters.
 template <typename Kernel>
 int active_clusters(Kernel* kernel, const Shape& shape) {
-  thread_local std::map<std::tuple<Kernel*, int, int, size_t>, int> known;
+  thread_local std::map<std::tuple<Kernel*, int, int, int, size_t>, int> known;
   int device = 0;
   cudaGetDevice(&device);
-  const auto [answer, is_new] = known.try_emplace({kernel, device, shape.cluster, shape.shared_bytes});
+  const auto [answer, is_new] = known.try_emplace({kernel, device, shape.threads, shape.cluster, shape.shared_bytes});
   if (is_new) answer->second = detail::ask_active_clusters(kernel, shape);
   return answer->second;
 }

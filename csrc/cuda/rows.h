@@ -22,12 +22,13 @@ class RowReader {
  protected:
   KLDIV_DEVICE auto narrow() const { return Side::narrow(logits_, scaling_); }
 
-  // Phase 1.
-  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard) {
+  // Phase 1; with the terms of a divergence, or NoTerms.
+  template <typename Terms>
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard, const Terms& terms) {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
     const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
-    ThreadState<acc_t> thread;
+    ThreadState<acc_t, Terms> thread(terms);
     LogSumExp<acc_t> of_hard;
     walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& group, const Place&, int index) {
       thread.add(group, index, scaling_.inverse_temperature, narrow());
@@ -36,7 +37,7 @@ class RowReader {
     RowState<acc_t> mine =
         thread.state(scaling_.inverse_temperature, [&](int index) { return walk_.again(teacher, student, index); });
     mine.hard = of_hard;
-    RowState<acc_t> all = team_.all(mine, MergeStates<acc_t>{scaling_, apart});
+    RowState<acc_t> all = team_.all(mine, MergeStates<acc_t, Terms>{terms, scaling_, apart});
     if (hard && one_temperature) all.hard = all.student;
     return all;
   }
@@ -69,6 +70,10 @@ class RowDistillation : RowReader<Walk> {
   }
 
  private:
+  // How many times larger than a row's divergence that may be which is taken off for it: its error, 1e-7 of a sum in
+  // float, grows as much. Beyond, where the largest logits of both sides tell nothing of the rest, is a second pass.
+  static constexpr acc_t kMostTakenOff = 16;
+
   using Evaluation = Columns<acc_t, Divergence, decltype(Side::narrow({}, std::declval<Scaling<acc_t>>()))>;
   using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
       RowReader<Walk>::state;
@@ -86,6 +91,14 @@ class RowDistillation : RowReader<Walk> {
   }
   KLDIV_DEVICE acc_t row_scale(int64_t row) const {
     return args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
+  }
+
+  // Whether phase 1 can do all: no gradient is made, and no sum is kept for one.
+  KLDIV_DEVICE bool needs_terms_alone() const {
+    const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
+    const bool student_sum = args_.wanted.student && !Divergence::kGradQSumsToZero;
+    const bool teacher_sum = args_.wanted.teacher && !Divergence::kGradPSumsToZero;
+    return OnePass<Divergence> && !gradients && !student_sum && !teacher_sum;
   }
 
   // Returns the row after it.
@@ -108,9 +121,14 @@ class RowDistillation : RowReader<Walk> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
+    RowState<acc_t> state;
+    bool one_pass = forward && needs_terms_alone();
+    if constexpr (OnePass<Divergence>) {
+      if (one_pass) state = this->state(teacher, student, labelled, divergence_);
+    }
+    if (forward && !one_pass) state = this->state(teacher, student, labelled, NoTerms());
     RowConstants<acc_t> constants =
-        forward ? RowConstants<acc_t>(state(teacher, student, args_.labels != nullptr), divergence_,
-                                      scaling_.inverse_temperature, args_.wanted, narrow())
+        forward ? RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
                 : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
     const int64_t next = next_that_counts(row + team_.count());
     walk_.prepare(next);
@@ -124,8 +142,20 @@ class RowDistillation : RowReader<Walk> {
         loss = hard * cross_entropy(student.logit(label), constants.student.max, constants.hard_log2_sum,
                                     scaling_.hard_inverse_temperature);
       }
-      const RowSums<acc_t> total =
-          together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student, !gradients);
+      RowSums<acc_t> total;
+      if constexpr (OnePass<Divergence>) {
+        if (one_pass) {
+          const auto [value, taken_off] = state.one_pass_term(divergence_, constants.log_ratio);
+          one_pass = taken_off <= kMostTakenOff * value;  // not where either is NaN
+          total.term = value;
+        }
+      }
+      if (!one_pass) {
+        total =
+            together ? sums_with_gradient(columns, teacher, student, row) : sums(columns, teacher, student, !gradients);
+      } else if constexpr (requires { walk_.fetch(next); }) {
+        walk_.fetch(next);
+      }
       constants.set_sums(total);
       // The probability of a column that the other side excludes may have underflowed: 0 * inf.
       const bool infinite = total.term != total.term && constants.log_ratio == constants.log_ratio;
@@ -224,7 +254,7 @@ class RowTokenStats : RowReader<Walk> {
       return;
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
-    const RowConstants<acc_t> constants(state(teacher, student, false));
+    const RowConstants<acc_t> constants(state(teacher, student, false, NoTerms()));
     Part mine;
     walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
       mine = mine + part(group, constants, place);

@@ -96,8 +96,10 @@ void distil(Dtype student_dtype, Dtype teacher_dtype, int64_t columns, int64_t o
     args.grad_teacher = {};
     cuda::distillation(args, nullptr);
     expect(std::isfinite(number(loss, acc)), "distillation");
-    args.wanted = {true, true};
     args.grad_student = {};
+    args.wanted = {false, false};
+    cuda::distillation(args, nullptr);
+    args.wanted = {true, true};
     cuda::distillation(args, nullptr);
     args.row_loss = args.loss = nullptr;
     args.grad_student = gradient(grad_student, student_dtype);
@@ -145,6 +147,14 @@ int main() {
     distil(dtype, dtype, 31, 0, true);
     distil(dtype, Dtype::kFloat32, 31, 1, false);
     pointwise(dtype, Dtype::kFloat32, 31, 1);
+  }
+  // Rows in shared memory, fetched and not.
+  kldiv::emulation::set_properties({90, 1, 227 * 1024, true});
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+    distil(dtype, dtype, 1032, 0, false);
+    distil(dtype, dtype, 1032, 1, false);
+    distil(dtype, dtype, 5003, 0, false);
+    distil(dtype, dtype, 20'000, 0, false);
   }
   return failures == 0 ? 0 : 1;
 }
