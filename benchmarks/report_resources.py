@@ -27,6 +27,7 @@ COLUMNS = (
     "phase 2",
     "phase 3",
     "phases 2 and 3 in one",
+    "loss alone",
     "blocks x threads",
     "occupancy",
 )
@@ -63,7 +64,10 @@ def table(run: Run, architecture: str) -> str:
 def numbers(record: Record) -> list[str]:
     per_pair = {loop["phase"]: f"{loop['instructions'] / loop['pairs']:.0f}" for loop in record["loops"]}
     counted = ("registers", "shared", "loads_16", "copies_16", "stores_16", "shared_loads_16", "spills")
-    return [*(str(record[name]) for name in counted), *(per_pair.get(phase, "-") for phase in ("1", "2", "3", "2+3"))]
+    return [
+        *(str(record[name]) for name in counted),
+        *(per_pair.get(phase, "-") for phase in ("1", "2", "3", "2+3", "1 alone")),
+    ]
 
 
 def launched(occupancy: list[Record], architecture: str, kernel: str, dtype: str) -> list[str]:

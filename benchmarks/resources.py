@@ -4,10 +4,11 @@ No GPU is needed. cuobjdump tells registers, stack, local and shared memory, and
 from the launch shapes of csrc/cuda/shapes.h and from what a device has.
 
 A row kernel has three hot loops, one for each phase of a row; of the divergences whose gradient needs no sum first
-there is a fourth, for phases 2 and 3 in one. Instructions per pair of logits are counted statically: all between a
-loop's first instruction and the branch back to it, over the pairs that an iteration takes. So rare branches are
-included, such as a new maximum, what a cross entropy adds and the teacher's gradient; what the compiler has moved out
-of the loop, calls among it, is not.
+there is another, for phases 2 and 3 in one, and of those whose loss phase 1 can give another one of it. Instructions
+per pair of logits are counted statically: all between a loop's first instruction and the branch back to it, over the
+pairs that an iteration takes, and those of a loop within it twice, because that takes half of them at a time. So rare
+branches are included, such as a new maximum, what a cross entropy adds and the teacher's gradient; what the compiler
+has moved out of the loop, calls among it, is not.
 """
 
 import argparse
@@ -202,6 +203,7 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
     index = {instruction.address: i for i, instruction in enumerate(code)}
     spans = {(index[c.target], i) for i, c in enumerate(code) if c.target in index and c.target < c.address}
     found: list[tuple[int, int, Counter[str]]] = []
+    inner: dict[tuple[int, int], int] = {}  # instructions of the loops without loads in it
     for begin, end in sorted(spans, key=lambda span: span[1] - span[0]):
         # Code that was moved out of a loop and branches back into it spans others.
         if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
@@ -209,7 +211,13 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         counts = Counter(kind(instruction.opcode) for instruction in code[begin : end + 1])
         if pairs_of(counts, dtype) >= group:
             found.append((begin, end, counts))
-    return phases([(end - begin + 1, counts) for begin, end, counts in sorted(found, key=lambda f: f[0])], dtype)
+            within = {other for other in spans if begin < other[0] and other[1] < end}
+            innermost = {s for s in within if not any(s[0] <= o[0] and o[1] <= s[1] and o != s for o in within)}
+            inner[begin, end] = sum(last - first + 1 for first, last in innermost)
+    return phases(
+        [(end - begin + 1 + inner[begin, end], counts) for begin, end, counts in sorted(found, key=lambda f: f[0])],
+        dtype,
+    )
 
 
 def pairs_of(counts: Counter[str], dtype: str) -> int:
@@ -218,12 +226,14 @@ def pairs_of(counts: Counter[str], dtype: str) -> int:
 
 
 def phases(loops: list[tuple[int, Counter[str]]], dtype: str) -> list[Record]:
-    """The first of those that store nothing is phase 1; what stores the most is phase 3, gradients of both sides."""
+    """Those that store nothing are phases 1 and 2, or the loss from phase 1 alone before them; what stores the most is
+    phase 3, gradients of both sides."""
     most = max((counts["stores_16"] for _, counts in loops), default=0)
+    without = ["1", "2"] if sum(not counts["stores_16"] for _, counts in loops) < 3 else ["1 alone", "1", "2"]
     named: list[Record] = []
     for instructions, counts in loops:
         stores = counts["stores_16"]
-        phase = ("3" if stores == most else "2+3") if stores else "2" if named else "1"
+        phase = ("3" if stores == most else "2+3") if stores else without.pop(0) if without else "2"
         pairs = pairs_of(counts, dtype)
         named.append({"phase": phase, "instructions": instructions, "pairs": pairs, "mufu": counts["mufu"]})
     return named

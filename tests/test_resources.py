@@ -289,6 +289,7 @@ def test_table_of_resources(tmp_path: Path) -> None:
         "phase 2": "0",
         "phase 3": "1",
         "phases 2 and 3 in one": "0",
+        "loss alone": "-",
         "blocks x threads": "2 x 256, 1 x 512",
         "occupancy": "25%",
     }
