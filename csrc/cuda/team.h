@@ -64,9 +64,7 @@ class Team {
  private:
   template <typename Value, typename OverLanes>
   KLDIV_DEVICE Value over_warps(const Value& of_warp, const OverLanes& over_lanes) {
-    // Two rooms in turn: who fills one has passed the barrier that came after the last look into it.
-    KLDIV_SHARED(Value, rooms, 2 * kMaxWarps<kCluster>);
-    Value* const room = rooms + turn_ * kMaxWarps<kCluster>;
+    Value* const room = rooms<Value>() + turn_ * kMaxWarps<kCluster>;
     turn_ = 1 - turn_;
     const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp;
     Value* const mine = room + rank_ * warps + device::thread() / device::kWarp;
@@ -83,6 +81,13 @@ class Team {
     KLDIV_NO_UNROLL
     for (int i = lane + device::kWarp; i < all_warps; i += device::kWarp) value = over_lanes.two(value, room[i]);
     return over_lanes(value, device::kWarp);
+  }
+
+  // Two, in turn: who fills one has passed the barrier that came after the last look into it.
+  template <typename Value>
+  KLDIV_DEVICE static Value* rooms() {
+    KLDIV_SHARED(Value, rooms, 2 * kMaxWarps<kCluster>);
+    return rooms;
   }
 
   KLDIV_DEVICE int per_block() const { return device::threads() / width_; }
