@@ -1,4 +1,4 @@
-// What the emulator must do and notice: kernels that are right, kernels with a fault each, and reduce.h, from which the
+// What the emulator must do and notice: kernels that are right, kernels with a fault each, and team.h, from which the
 // test takes barriers away. Prints what went otherwise than expected and returns how often that was.
 #include <cmath>
 #include <cstdio>
