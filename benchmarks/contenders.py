@@ -214,7 +214,7 @@ def missing(device: str) -> dict[str, str]:
     """Those of CONTENDERS that cannot take part, and why.
 
     QuACK's cross entropy would be a yardstick for a kernel over rows; what it is compiled by (nvidia-cutlass-dsl) is
-    over 100 MB of wheels, and it has no divergence.
+    too large to bring along, and it has no divergence.
     """
     reasons = {"liger": liger_missing(device), "speculators": speculators_missing(device)}
     return {name: reason for name, reason in reasons.items() if reason}

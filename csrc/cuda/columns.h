@@ -176,7 +176,8 @@ struct MergeStates {
   };
 };
 
-// The same for one side alone: the student's at the temperature of the cross entropy.
+// Phase 1 of one side alone, with a group added to what there was: the student's at the temperature of the cross
+// entropy.
 template <typename acc_t>
 KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
                                        acc_t inverse_temperature) {

@@ -65,8 +65,8 @@ constexpr ClusterRule kClusterRules[] = {
     {INT64_MAX, 4, 256, 2},   //
     {INT64_MAX, 8, 256, 2},   // the largest cluster that all devices with clusters have
     {INT64_MAX, 16, 256, 2},  // what data centres' GPUs have besides
-    {INT64_MAX, 8, 256, 1},   // loads still overlap with arithmetic: the next row's begin while this one's gradient is
-    {INT64_MAX, 16, 256, 1},  // written
+    {INT64_MAX, 8, 256, 1},   // nobody computes while it waits, but the next row is fetched during this one's last pass
+    {INT64_MAX, 16, 256, 1},  // likewise; longer rows are streamed
 };
 // With 512 threads on a multiprocessor each has 128 registers; eight warps, so that a cluster's partial results fit
 // team.h's kMaxWarps.

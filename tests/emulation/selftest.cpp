@@ -1,5 +1,5 @@
 // What the emulator must do and notice: kernels that are right, kernels with a fault each, and team.h, from which the
-// test takes barriers away. Prints what went otherwise than expected and returns how often that was.
+// test takes away what orders it. Prints what went otherwise than expected and returns how often that was.
 #include <cmath>
 #include <cstdio>
 #include <stdexcept>
