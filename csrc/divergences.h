@@ -104,10 +104,19 @@ struct ForwardKL {
   KLDIV_HD T grad_p(const Pair<T>& x) const {  // p (log p - log q)
     return x.teacher_log_ratio();
   }
-  // By which of the two sums a sum of terms is divided that is made of p and q before they are; see OnePass.
+  // For OnePass: by which of the two sums a sum of terms is divided that is made of p and q before they are; and what,
+  // less the term, is p - q, or by difference() what that is.
   template <typename T>
   KLDIV_HD static T weight(T of_teacher, T) {
     return of_teacher;
+  }
+  template <typename T>
+  KLDIV_HD static T moment(const Pair<T>& x) {
+    return x.teacher_log_ratio();
+  }
+  template <typename T>
+  KLDIV_HD static T difference(T moment_less_term) {
+    return moment_less_term;
   }
 };
 
@@ -141,6 +150,18 @@ struct Exchanged {
     requires requires { Divergence::weight(of_student, of_teacher); }
   {
     return Divergence::weight(of_student, of_teacher);
+  }
+  template <typename T>
+  KLDIV_HD static T moment(const Pair<T>& x)
+    requires requires { Divergence::moment(x); }
+  {
+    return Divergence::moment(x.exchanged());
+  }
+  template <typename T>
+  KLDIV_HD static T difference(T moment_less_term)
+    requires requires { Divergence::difference(moment_less_term); }
+  {
+    return -Divergence::difference(moment_less_term);
   }
 };
 

@@ -36,16 +36,13 @@ struct Constant {
 
 // (t - teacher_max) - (s - student_max), in the order that rounds least: where the maxima are close, the difference of
 // the two logits comes first, which is exact of close ones; where they are not, it would round all that matters away.
-// `narrow`, a bool or a Constant: the logits have few digits, and the maxima can be subtracted first without
-// rounding, which costs nothing where that is done anyway.
-template <typename acc_t>
+template <typename acc_t, bool kNarrow = false>
 struct Difference {
   acc_t teacher_offset, student_offset, after;
   acc_t of_equal;  // before `after`; finite, because it also stands for -inf less -inf
 
-  template <typename Bool = Constant<false>>
-  KLDIV_HD Difference(acc_t teacher_max, acc_t student_max, Bool narrow = {}) {
-    const bool close = !narrow && absolute(teacher_max - student_max) < 1;
+  KLDIV_HD Difference(acc_t teacher_max, acc_t student_max) {
+    const bool close = absolute(teacher_max - student_max) < 1;
     teacher_offset = close ? 0 : teacher_max;
     student_offset = close ? 0 : student_max;
     after = close ? teacher_max - student_max : 0;
@@ -59,21 +56,32 @@ struct Difference {
   }
 };
 
+// The same of logits that have so few digits, 16 bits, that the maxima are subtracted without rounding: what has to be
+// done anyway. NaN of -inf and -inf.
+template <typename acc_t>
+struct Difference<acc_t, true> {
+  acc_t teacher_max, student_max;
+
+  KLDIV_HD acc_t operator()(acc_t teacher, acc_t student) const {
+    return (teacher - teacher_max) - (student - student_max);
+  }
+};
+
 // e^{(logit - offset) / T} of both sides, and what the teacher's exceeds the student's: of two close rows nothing else
-// tells the log-sum-exps apart. In float two exponentials' own roundings would hide it where they are close.
-template <typename T>
+// tells the log-sum-exps apart. In float two exponentials' own roundings would hide it where they are close; but beside
+// rows of narrow logits, which are not that close, it is little.
+template <typename T, bool kNarrow = false>
 struct ExpPair {
   T teacher, student, difference;
 
-  template <typename Bool = Constant<false>>
   KLDIV_HD ExpPair(T teacher_logit, T student_logit, Scalar<T> teacher_offset, Scalar<T> student_offset,
-                   Scalar<T> inverse_temperature, Bool narrow = {}) {
+                   Scalar<T> inverse_temperature) {
     const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
     teacher = exp2_floored((teacher_logit - teacher_offset) * per_bit);
     student = exp2_floored((student_logit - student_offset) * per_bit);
     difference = teacher - student;
-    if constexpr (kIsFloat<T>) {
-      const Difference<Scalar<T>> between(teacher_offset, student_offset, narrow);
+    if constexpr (kIsFloat<T> && !kNarrow) {
+      const Difference<Scalar<T>> between(teacher_offset, student_offset);
       const T d = between(teacher_logit, student_logit) * inverse_temperature;
       const T expm1 = d * (d * (d * (1.0f / 6) + 0.5f) + 1);  // relative error 2e-7 where it is used
       difference = absolute(d) < 1.0f / 64 ? student * expm1 : difference;
@@ -251,9 +259,9 @@ struct RowConstants {
         log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
 
   // With the references of the sides that are wanted; infinite in place of others, for whoever asks for those later.
-  template <typename Divergence, typename Bool = Constant<false>>
+  template <typename Divergence, bool kNarrow = false>
   KLDIV_HD RowConstants(const RowState<acc_t>& state, const Divergence& divergence, acc_t inverse_temperature,
-                        Sides wanted, Bool narrow = {})
+                        Sides wanted, Constant<kNarrow> narrow = {})
       : RowConstants(state) {
     const Reference<acc_t> none = {infinity<acc_t>(), infinity<acc_t>(), 0};
     if constexpr (!Divergence::kGradQSumsToZero) {
@@ -268,9 +276,10 @@ struct RowConstants {
 
   // log p - log q of a column; T is acc_t or a vector of it. To the same bits for all who call it: that is how the
   // reference's column is known.
-  template <typename T, typename Bool = Constant<false>>
-  KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature, Bool narrow = {}) const {
-    const Difference<acc_t> between(teacher.max, student.max, narrow);
+  template <typename T, bool kNarrow = false>
+  KLDIV_HD T log_ratio_at(T teacher_logit, T student_logit, acc_t inverse_temperature,
+                          Constant<kNarrow> /*narrow*/ = {}) const {
+    const Difference<acc_t, kNarrow> between{teacher.max, student.max};
     return between(teacher_logit, student_logit) * inverse_temperature - log_ratio;
   }
 
@@ -307,9 +316,9 @@ KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inv
 }
 
 // One column from its two logits; T is acc_t or a vector of it.
-template <typename T, typename Bool = Constant<false>>
+template <typename T, bool kNarrow = false>
 KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
-                           Bool narrow = {}) {
+                           Constant<kNarrow> narrow = {}) {
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
   return Pair<T>(row.log_ratio_at(teacher, student, inverse_temperature, narrow),
                  (teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
@@ -326,9 +335,9 @@ struct StatsSums {
     return {forward_kl + other.forward_kl, reverse_kl + other.reverse_kl, teacher_drop + other.teacher_drop,
             student_drop + other.student_drop};
   }
-  template <typename Bool = Constant<false>>
+  template <bool kNarrow = false>
   KLDIV_HD static StatsSums of(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
-                               Bool narrow = {}) {
+                               Constant<kNarrow> narrow = {}) {
     const T delta = row.log_ratio_at(teacher, student, inverse_temperature, narrow);
     const T p = probability(teacher, row.teacher.max, row.teacher.log2_sum, inverse_temperature);
     const T q = probability(student, row.student.max, row.student.log2_sum, inverse_temperature);

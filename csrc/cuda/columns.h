@@ -7,92 +7,90 @@
 
 namespace kldiv::cuda {
 
-template <typename acc_t>
-KLDIV_DEVICE acc_t largest(const Group<acc_t>& group) {
-  acc_t max = group.x[0];
-  KLDIV_UNROLL
-  for (int i = 1; i < kGroup<acc_t>; ++i) max = maximum(max, group.x[i]);
-  return max;
-}
-
 // In place of a divergence: no terms in phase 1.
 struct NoTerms {};
 
-// Phase 1 of one thread's groups. Sums are relative to bases that follow the maxima only when those are far ahead, and
-// which group has a maximum is enough to know until all are seen: nearly always some lane of a warp has a new one.
-template <typename acc_t, typename Terms>
+// Phase 1 of one thread's groups. What it gives as each side's maximum is a base: one of the row's logits, to which the
+// sums are relative, and which the largest one is only so far above that the sums tell it. So nobody has to look for it.
+template <typename acc_t, typename Terms, typename Narrow>
 class ThreadState {
  public:
-  KLDIV_DEVICE explicit ThreadState(const Terms& terms) : terms_(terms) {}
+  // `references`: whether somebody needs what is beside the bases.
+  KLDIV_DEVICE ThreadState(const Terms& terms, bool references) : terms_(terms), references_(references) {}
 
-  template <typename Bool>
-  KLDIV_DEVICE void add(const Groups<acc_t>& group, int index, acc_t inverse_temperature, Bool narrow) {
-    const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
-    const acc_t teacher = teacher_.see(largest(group.teacher), index);
-    const acc_t student = student_.see(largest(group.student), index);
-    if ((teacher - base_.teacher.max) * per_bit > kAhead || (student - base_.student.max) * per_bit > kAhead) {
-      base_ = rebased(teacher, student, inverse_temperature);
-    }
-    const acc_t teacher_offset = base_.teacher.offset(), student_offset = base_.student.offset();
-    acc_t teacher_sum = 0, student_sum = 0, difference = 0, term = 0;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const ExpPair<acc_t> x(group.teacher.x[i], group.student.x[i], teacher_offset, student_offset,
-                             inverse_temperature, narrow);
-      teacher_sum += x.teacher;
-      student_sum += x.student;
-      difference += x.difference;
-      if constexpr (OnePass<Terms>) {
-        const Difference<acc_t> between(teacher_offset, student_offset, narrow);
-        const acc_t d = between(group.teacher.x[i], group.student.x[i]) * inverse_temperature;
-        term += terms_.term(Pair<acc_t>::of(d, x.teacher, x.student));
-      }
-    }
-    base_.teacher.sum += teacher_sum;
-    base_.student.sum += student_sum;
-    base_.difference += difference;
-    base_.term += term;
+  KLDIV_DEVICE void add(const Groups<acc_t>& group, acc_t inverse_temperature) {
+    bool behind = state_.teacher.max == -infinity<acc_t>() || state_.student.max == -infinity<acc_t>();
+    GroupSums sums;
+    KLDIV_NO_UNROLL
+    do {
+      if (behind) rebase(group, inverse_temperature);
+      sums = GroupSums(group, *this, inverse_temperature);
+      behind = sums.teacher > kAhead || sums.student > kAhead;
+    } while (behind);
+    state_.teacher.sum += sums.teacher;
+    state_.student.sum += sums.student;
+    state_.difference += sums.difference;
+    if constexpr (OnePass<Terms>) state_.term += sums.term;
   }
 
-  // again(index): that group.
-  template <typename Again>
-  KLDIV_DEVICE RowState<acc_t> state(acc_t inverse_temperature, const Again& again) const {
-    RowState<acc_t> state = rebased(teacher_.max, student_.max, inverse_temperature);
-    if (teacher_.index >= 0) {
-      const Groups<acc_t> group = again(teacher_.index);
-      state.beside_teacher_max = beside(group.teacher, teacher_.max, group.student);
-    }
-    if (student_.index >= 0) {
-      const Groups<acc_t> group = again(student_.index);
-      state.beside_student_max = beside(group.student, student_.max, group.teacher);
-    }
-    return state;
-  }
+  KLDIV_DEVICE const RowState<acc_t>& state() const { return state_; }
 
  private:
-  static constexpr acc_t kAhead = 32;  // in bits: how far sums may grow above 1
+  // How far a group's sum may grow above 1. Of a row that is sure of one column all is in the others: beside that
+  // column's own rounding, which this lets be so much larger than theirs.
+  static constexpr acc_t kAhead = 256;
 
-  struct Largest {
-    acc_t max = static_cast<acc_t>(-__builtin_inff());
-    int index = -1;  // of the first group that has it
+  struct GroupSums {
+    acc_t teacher, student, difference, term;
 
-    // The largest so far.
-    KLDIV_DEVICE acc_t see(acc_t of_group, int of_index) {
-      index = of_group > max ? of_index : index;
-      max = of_group > max ? of_group : max;
-      return max;
+    GroupSums() = default;
+    KLDIV_DEVICE GroupSums(const Groups<acc_t>& group, const ThreadState& thread, acc_t inverse_temperature) {
+      const acc_t teacher_offset = thread.teacher_offset_, student_offset = thread.student_offset_;
+      acc_t moment = 0;
+      KLDIV_UNROLL
+      for (int i = 0; i < kGroup<acc_t>; ++i) {
+        const ExpPair<acc_t, Narrow{}> x(group.teacher.x[i], group.student.x[i], teacher_offset, student_offset,
+                                         inverse_temperature);
+        teacher = i == 0 ? x.teacher : teacher + x.teacher;
+        student = i == 0 ? x.student : student + x.student;
+        if constexpr (OnePass<Terms>) {
+          const Difference<acc_t, Narrow{}> between{teacher_offset, student_offset};
+          const acc_t d = between(group.teacher.x[i], group.student.x[i]) * inverse_temperature;
+          const auto pair = Pair<acc_t>::of(d, x.teacher, x.student);
+          const acc_t of_column = thread.terms_.term(pair), moment_of_column = Terms::moment(pair);
+          term = i == 0 ? of_column : term + of_column;
+          moment = i == 0 ? moment_of_column : moment + moment_of_column;
+        } else {
+          difference = i == 0 ? x.difference : difference + x.difference;
+        }
+      }
+      if constexpr (OnePass<Terms>) difference = Terms::difference(moment - term);
     }
   };
 
-  KLDIV_DEVICE RowState<acc_t> rebased(acc_t teacher_max, acc_t student_max, acc_t inverse_temperature) const {
-    RowState<acc_t> state;
-    state.teacher.max = teacher_max;
-    state.student.max = student_max;
-    state.add_rescaled(base_, inverse_temperature);
-    if constexpr (OnePass<Terms>) state.add_rescaled_term(base_, terms_, inverse_temperature);
-    return state;
+  // Raises the bases to the group's largest logits, where these are larger.
+  KLDIV_DEVICE void rebase(const Groups<acc_t>& group, acc_t inverse_temperature) {
+    RowState<acc_t> of_group;
+    of_group.teacher.max = largest(group.teacher);
+    of_group.student.max = largest(group.student);
+    if (references_) {
+      of_group.beside_teacher_max = beside(group.teacher, of_group.teacher.max, group.student);
+      of_group.beside_student_max = beside(group.student, of_group.student.max, group.teacher);
+    }
+    RowState<acc_t> rebased = state_.maxima(of_group);
+    rebased.add_rescaled(state_, inverse_temperature);
+    if constexpr (OnePass<Terms>) rebased.add_rescaled_term(state_, terms_, inverse_temperature);
+    state_ = rebased;
+    teacher_offset_ = state_.teacher.offset();
+    student_offset_ = state_.student.offset();
   }
 
+  KLDIV_DEVICE static acc_t largest(const Group<acc_t>& group) {
+    acc_t max = group.x[0];
+    KLDIV_UNROLL
+    for (int i = 1; i < kGroup<acc_t>; ++i) max = maximum(max, group.x[i]);
+    return max;
+  }
   // The largest of `others` where `group` is `max`.
   KLDIV_DEVICE static acc_t beside(const Group<acc_t>& group, acc_t max, const Group<acc_t>& others) {
     acc_t largest = static_cast<acc_t>(-__builtin_inff());
@@ -102,78 +100,51 @@ class ThreadState {
   }
 
   const Terms& terms_;
-  RowState<acc_t> base_;
-  Largest teacher_, student_;
+  const bool references_;
+  RowState<acc_t> state_;
+  acc_t teacher_offset_ = 0, student_offset_ = 0;
 };
 
-// The states of all lanes, to the first of each `width`: first the maxima, so that each rescales its sums but once.
+// The states of all lanes, to each of `width`: first the bases, so that each rescales its sums but once.
 template <typename acc_t, typename Terms>
 struct MergeStates {
   const Terms& terms;
   const Scaling<acc_t>& scaling;
-  bool hard;  // whether RowState::hard is in use
+  bool references, hard;  // whether what is beside the bases, and RowState::hard, are in use
 
   KLDIV_DEVICE RowState<acc_t> operator()(const RowState<acc_t>& mine, int width) const {
-    Maxima maxima(mine);
-    KLDIV_NO_UNROLL
-    for (int lanes = width / 2; lanes > 0; lanes /= 2) {
-      maxima = Maxima(maxima.state().maxima(device::shuffle_down(maxima, lanes, width).state()));
+    RowState<acc_t> all;
+    all.teacher.max = Max()(mine.teacher.max, width);
+    all.student.max = Max()(mine.student.max, width);
+    if (references) {
+      const acc_t none = all.beside_teacher_max;
+      all.beside_teacher_max = Max()(mine.teacher.max == all.teacher.max ? mine.beside_teacher_max : none, width);
+      all.beside_student_max = Max()(mine.student.max == all.student.max ? mine.beside_student_max : none, width);
     }
-    RowState<acc_t> merged = device::broadcast(maxima, width).state();
-    merged.add_rescaled(mine, scaling.inverse_temperature);
-    const Sums sums = Sum()(Sums{merged.teacher.sum, merged.student.sum, merged.difference}, width);
-    merged.teacher.sum = sums.teacher;
-    merged.student.sum = sums.student;
-    merged.difference = sums.difference;
-    if constexpr (OnePass<Terms>) {
-      merged.add_rescaled_term(mine, terms, scaling.inverse_temperature);
-      merged.term = Sum()(merged.term, width);
-    }
+    add_rescaled(all, mine);
+    all.teacher.sum = Sum()(all.teacher.sum, width);
+    all.student.sum = Sum()(all.student.sum, width);
+    all.difference = Sum()(all.difference, width);
+    if constexpr (OnePass<Terms>) all.term = Sum()(all.term, width);
     if (hard) {
-      merged.hard = mine.hard;
-      KLDIV_NO_UNROLL
-      for (int lanes = width / 2; lanes > 0; lanes /= 2) {
-        const LogSumExp<acc_t> other = device::shuffle_down(merged.hard, lanes, width);
-        merged.hard = merged.hard.merged(other, scaling.hard_inverse_temperature);
-      }
+      all.hard.max = Max()(mine.hard.max, width);
+      all.hard.sum = Sum()(all.hard.merged(mine.hard, scaling.hard_inverse_temperature).sum, width);
     }
-    return merged;
+    return all;
   }
   KLDIV_DEVICE RowState<acc_t> two(const RowState<acc_t>& a, const RowState<acc_t>& b) const {
-    RowState<acc_t> both = a.merged(b, scaling);
-    if constexpr (OnePass<Terms>) {
-      both.add_rescaled_term(a, terms, scaling.inverse_temperature);
-      both.add_rescaled_term(b, terms, scaling.inverse_temperature);
-    }
+    RowState<acc_t> both = a.maxima(b);
+    add_rescaled(both, a);
+    add_rescaled(both, b);
+    if (hard) both.hard = a.hard.merged(b.hard, scaling.hard_inverse_temperature);
     return both;
   }
 
  private:
-  struct Maxima {
-    acc_t teacher, student, beside_student, beside_teacher;
-
-    Maxima() = default;
-    KLDIV_DEVICE explicit Maxima(const RowState<acc_t>& state)
-        : teacher(state.teacher.max),
-          student(state.student.max),
-          beside_student(state.beside_student_max),
-          beside_teacher(state.beside_teacher_max) {}
-    KLDIV_DEVICE RowState<acc_t> state() const {
-      RowState<acc_t> state;
-      state.teacher.max = teacher;
-      state.student.max = student;
-      state.beside_student_max = beside_student;
-      state.beside_teacher_max = beside_teacher;
-      return state;
-    }
-  };
-  struct Sums {
-    acc_t teacher, student, difference;
-
-    KLDIV_DEVICE Sums operator+(const Sums& other) const {
-      return {teacher + other.teacher, student + other.student, difference + other.difference};
-    }
-  };
+  KLDIV_DEVICE void add_rescaled(RowState<acc_t>& all, const RowState<acc_t>& part) const {
+    all.add_rescaled(part, scaling.inverse_temperature);
+    if constexpr (OnePass<Terms>) all.add_rescaled_term(part, terms, scaling.inverse_temperature);
+  }
 };
 
 // Phase 1 of one side alone, with a group added to what there was: the student's at the temperature of the cross
@@ -182,7 +153,9 @@ template <typename acc_t>
 KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Group<acc_t>& group,
                                        acc_t inverse_temperature) {
   LogSumExp<acc_t> both;
-  both.max = maximum(state.max, largest(group));
+  both.max = state.max;
+  KLDIV_UNROLL
+  for (int i = 0; i < kGroup<acc_t>; ++i) both.max = maximum(both.max, group.x[i]);
   const acc_t offset = both.offset();
   const acc_t per_bit = inverse_temperature * static_cast<acc_t>(kLog2E);
   KLDIV_UNROLL
@@ -192,12 +165,11 @@ KLDIV_DEVICE LogSumExp<acc_t> extended(const LogSumExp<acc_t>& state, const Grou
 }
 
 // Phases 2 and 3, once the row's constants are known.
-template <typename acc_t, typename Divergence, typename Bool>
+template <typename acc_t, typename Divergence, typename Narrow>
 struct Columns {
   const Divergence& divergence;
   const RowConstants<acc_t>& row;
   const Scaling<acc_t>& scaling;
-  Bool narrow;                // see Difference
   acc_t factor, hard_factor;  // multiply the gradients of the divergence and of the cross entropy
   uint32_t label;
 
@@ -270,7 +242,7 @@ struct Columns {
         const int other = i + (kParts - 1) * kSize;
         const Pair<acc_t> x = make_pair(part == 0 ? group.teacher.x[i] : group.teacher.x[other],
                                         part == 0 ? group.student.x[i] : group.student.x[other], row,
-                                        scaling.inverse_temperature, narrow);
+                                        scaling.inverse_temperature, Narrow());
         sums.term += divergence.term(x);
         if (of_student) sums.grad_q += row.student.grad(divergence, x, row.student.shifted());
         if (of_teacher) sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), row.teacher.shifted());
@@ -280,7 +252,7 @@ struct Columns {
   }
 
   KLDIV_DEVICE Pair<acc_t> pair(const Groups<acc_t>& group, int i) const {
-    return make_pair(group.teacher.x[i], group.student.x[i], row, scaling.inverse_temperature, narrow);
+    return make_pair(group.teacher.x[i], group.student.x[i], row, scaling.inverse_temperature, Narrow());
   }
 };
 

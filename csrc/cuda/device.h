@@ -116,16 +116,11 @@ KLDIV_DEVICE uint32_t shuffle_mask(int width) {
   return (width == kWarp ? 0xffffffffu : (1u << width) - 1) << first;
 }
 
-// The value of the thread so many lanes up, one's own where that is beyond the width. All lanes of it must take part.
+// The value of the lane whose number differs from one's own in the bits of `lanes`, which are within the width. All
+// lanes of it must take part.
 template <typename T>
-KLDIV_DEVICE T shuffle_down(const T& x, int lanes, int width = kWarp) {
-  return detail::shuffled(x, [=](uint32_t word) { return __shfl_down_sync(shuffle_mask(width), word, lanes, width); });
-}
-
-// The value of the first lane.
-template <typename T>
-KLDIV_DEVICE T broadcast(const T& x, int width = kWarp) {
-  return detail::shuffled(x, [=](uint32_t word) { return __shfl_sync(shuffle_mask(width), word, 0, width); });
+KLDIV_DEVICE T shuffle_xor(const T& x, int lanes, int width = kWarp) {
+  return detail::shuffled(x, [=](uint32_t word) { return __shfl_xor_sync(shuffle_mask(width), word, lanes, width); });
 }
 
 // Of a float, in one instruction. The special function unit's take subnormal numbers for 0; relative errors up to

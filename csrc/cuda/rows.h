@@ -14,30 +14,29 @@ class RowReader {
  public:
   using Side = typename Walk::Side;
   using acc_t = typename Side::acc_t;
+  using Narrow = typename Side::Narrow;
   using TeamType = typename Walk::TeamType;
 
   KLDIV_DEVICE RowReader(const LogitsArgs& args, const Scaling<acc_t>& scaling, TeamType& team)
       : logits_(args), scaling_(scaling), team_(team), walk_(args, scaling, team) {}
 
  protected:
-  KLDIV_DEVICE auto narrow() const { return Side::narrow(logits_, scaling_); }
-
-  // Phase 1; with the terms of a divergence, or NoTerms.
+  // Phase 1; with the terms of a divergence, or NoTerms. `references`: whether what is beside the bases is asked for.
   template <typename Terms>
-  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool hard, const Terms& terms) {
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool references, bool hard,
+                                     const Terms& terms) {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
     const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
-    ThreadState<acc_t, Terms> thread(terms);
+    ThreadState<acc_t, Terms, Narrow> thread(terms, references);
     LogSumExp<acc_t> of_hard;
-    walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& group, const Place&, int index) {
-      thread.add(group, index, scaling_.inverse_temperature, narrow());
+    walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& group, const Place&) {
+      thread.add(group, scaling_.inverse_temperature);
       if (apart) of_hard = extended(of_hard, group.student, hard_inverse_temperature);
     });
-    RowState<acc_t> mine =
-        thread.state(scaling_.inverse_temperature, [&](int index) { return walk_.again(teacher, student, index); });
+    RowState<acc_t> mine = thread.state();
     mine.hard = of_hard;
-    RowState<acc_t> all = team_.all(mine, MergeStates<acc_t, Terms>{terms, scaling_, apart});
+    RowState<acc_t> all = team_.all(mine, MergeStates<acc_t, Terms>{terms, scaling_, references, apart});
     if (hard && one_temperature) all.hard = all.student;
     return all;
   }
@@ -74,8 +73,8 @@ class RowDistillation : RowReader<Walk> {
   // float, grows as much. Beyond, where the largest logits of both sides tell nothing of the rest, is a second pass.
   static constexpr acc_t kMostTakenOff = 16;
 
-  using Evaluation = Columns<acc_t, Divergence, decltype(Side::narrow({}, std::declval<Scaling<acc_t>>()))>;
-  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
+  using Evaluation = Columns<acc_t, Divergence, typename Side::Narrow>;
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
       RowReader<Walk>::state;
 
   // `row`, or the first one of this team's after it whose position counts. Others are not read.
@@ -93,12 +92,10 @@ class RowDistillation : RowReader<Walk> {
     return args_.row_scale ? static_cast<const acc_t*>(args_.row_scale)[row] : 1;
   }
 
-  // Whether phase 1 can do all: no gradient is made, and no sum is kept for one.
-  KLDIV_DEVICE bool needs_terms_alone() const {
-    const bool gradients = args_.grad_student.out.data || args_.grad_teacher.out.data;
-    const bool student_sum = args_.wanted.student && !Divergence::kGradQSumsToZero;
-    const bool teacher_sum = args_.wanted.teacher && !Divergence::kGradPSumsToZero;
-    return OnePass<Divergence> && !gradients && !student_sum && !teacher_sum;
+  // Whether there are gradients that need a sum over the row, now or later.
+  KLDIV_DEVICE bool needs_sums_of_gradients() const {
+    return (args_.wanted.student && !Divergence::kGradQSumsToZero) ||
+           (args_.wanted.teacher && !Divergence::kGradPSumsToZero);
   }
 
   // Returns the row after it.
@@ -122,20 +119,29 @@ class RowDistillation : RowReader<Walk> {
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     RowState<acc_t> state;
-    bool one_pass = forward && needs_terms_alone();
+    const bool references = needs_sums_of_gradients();
+    bool one_pass = OnePass<Divergence> && forward && !gradients && !references;
     if constexpr (OnePass<Divergence>) {
-      if (one_pass) state = this->state(teacher, student, labelled, divergence_);
+      if (one_pass) state = this->state(teacher, student, false, labelled, divergence_);
     }
-    if (forward && !one_pass) state = this->state(teacher, student, labelled, NoTerms());
-    RowConstants<acc_t> constants =
-        forward ? RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted, narrow())
-                : static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    if (forward && !one_pass) state = this->state(teacher, student, references, labelled, NoTerms());
+    RowConstants<acc_t> constants;
+    if (forward) {
+      constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted,
+                                      typename Side::Narrow());
+      if (labelled) {  // relative to the same base as all else of the student's
+        constants.hard_log2_sum += (state.hard.max - state.student.max) * scaling_.hard_inverse_temperature *
+                                   static_cast<acc_t>(kLog2E);
+      }
+    } else {
+      constants = static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
+    }
     const int64_t next = next_that_counts(row + team_.count());
     walk_.prepare(next);
     // 0 * log_ratio makes the whole row NaN where one of its logits is.
     const acc_t factor = soft * grad * scaling_.inverse_temperature + 0 * constants.log_ratio;
     const acc_t hard_factor = labelled ? hard * grad * scaling_.hard_inverse_temperature : 0;
-    const Evaluation columns{divergence_, constants, scaling_, narrow(), factor, hard_factor, label};
+    const Evaluation columns{divergence_, constants, scaling_, factor, hard_factor, label};
     if (forward) {
       acc_t loss = 0;
       if (labelled) {
@@ -171,7 +177,7 @@ class RowDistillation : RowReader<Walk> {
   // Phase 2.
   KLDIV_DEVICE RowSums<acc_t> sums(const Evaluation& columns, const Side& teacher, const Side& student, bool last) {
     RowSums<acc_t> mine;
-    walk_.template walk<Pass::kMiddle>(teacher, student, last, [&](const auto& group, const Place&, int) {
+    walk_.template walk<Pass::kMiddle>(teacher, student, last, [&](const auto& group, const Place&) {
       mine = mine + columns.sums(group, args_.wanted);
     });
     return team_.all(mine, Sum());
@@ -183,7 +189,7 @@ class RowDistillation : RowReader<Walk> {
     RowSums<acc_t> mine;
     if constexpr (Divergence::kGradQSumsToZero) {
       const auto to = Side::target(args_.grad_student, row);
-      walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
+      walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
         Group<acc_t> gradient;
         mine.term += columns.sum_with_gradient(group, gradient);
         columns.add_cross_entropy(group.student, place, gradient);
@@ -197,7 +203,7 @@ class RowDistillation : RowReader<Walk> {
   KLDIV_DEVICE void write_gradients(const Evaluation& columns, const Side& teacher, const Side& student, int64_t row) {
     const auto to_student = Side::target(args_.grad_student, row);
     const auto to_teacher = Side::target(args_.grad_teacher, row);
-    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
       if (args_.grad_student.out.data) {
         Group<acc_t> gradient = columns.student_gradient(group);
         columns.add_cross_entropy(group.student, place, gradient);
@@ -219,7 +225,7 @@ class RowDistillation : RowReader<Walk> {
   KLDIV_DEVICE void fill_zero(const LogitsGradient& gradient, int64_t row, int64_t begin) const {
     if (gradient.out.data == nullptr || begin == gradient.columns) return;
     const auto to = Side::target(gradient, row, begin);
-    Places<acc_t>(gradient.columns - begin, team_).for_each([&](const Place& place, int) {
+    Places<acc_t>(gradient.columns - begin, team_).for_each([&](const Place& place) {
       Side::store(gradient, to, place, Group<acc_t>{});
     });
   }
@@ -243,9 +249,8 @@ class RowTokenStats : RowReader<Walk> {
   }
 
  private:
-  using RowReader<Walk>::narrow, RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
       RowReader<Walk>::state;
-  static constexpr uint32_t kNone = 0xffffffff;
 
   KLDIV_DEVICE void tell(int64_t row) {
     RowStats<acc_t>& stats = static_cast<RowStats<acc_t>*>(args_.row_stats)[row];
@@ -254,9 +259,9 @@ class RowTokenStats : RowReader<Walk> {
       return;
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
-    const RowConstants<acc_t> constants(state(teacher, student, false, NoTerms()));
+    const RowConstants<acc_t> constants(state(teacher, student, false, false, NoTerms()));
     Part mine;
-    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place, int) {
+    walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
       mine = mine + part(group, constants, place);
     });
     const Part all = team_.all(mine, Sum());
@@ -269,20 +274,27 @@ class RowTokenStats : RowReader<Walk> {
       teacher_label = is_column ? teacher.logit(label) : nan<acc_t>();
     }
     stats = RowStats<acc_t>(constants, all.sums, scaling_.inverse_temperature, student_label, teacher_label,
-                            all.student_top == all.teacher_top && all.student_top != kNone);
+                            all.student.column == all.teacher.column);
   }
 
-  // Of some columns: their sums, and the first one that holds the row's largest logit, if any.
+  // Of some columns of one side: the first one with the largest logit.
+  struct Top {
+    acc_t logit = -infinity<acc_t>();
+    uint32_t column = 0xffffffff;
+
+    KLDIV_DEVICE Top operator+(const Top& other) const {
+      const bool mine = logit > other.logit || (logit == other.logit && column < other.column);
+      return mine ? *this : other;
+    }
+  };
+
+  // Of some columns.
   struct Part {
     StatsSums<acc_t> sums;
-    uint32_t student_top = kNone, teacher_top = kNone;
+    Top student, teacher;
 
     KLDIV_DEVICE Part operator+(const Part& other) const {
-      Part both;
-      both.sums = sums + other.sums;
-      both.student_top = student_top < other.student_top ? student_top : other.student_top;
-      both.teacher_top = teacher_top < other.teacher_top ? teacher_top : other.teacher_top;
-      return both;
+      return {sums + other.sums, student + other.student, teacher + other.teacher};
     }
   };
 
@@ -290,12 +302,11 @@ class RowTokenStats : RowReader<Walk> {
     const auto& [teacher, student] = group;
     Part part;
     KLDIV_UNROLL
-    for (int i = kGroup<acc_t> - 1; i >= 0; --i) {  // the first of several comes last
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
       if (i >= place.n) continue;
-      part.sums = part.sums +
-                  StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature, narrow());
-      if (teacher.x[i] == constants.teacher.max) part.teacher_top = place.column(i);
-      if (student.x[i] == constants.student.max) part.student_top = place.column(i);
+      const auto sums = StatsSums<acc_t>::of(teacher.x[i], student.x[i], constants, scaling_.inverse_temperature,
+                                             typename Side::Narrow());
+      part = part + Part{sums, {student.x[i], place.column(i)}, {teacher.x[i], place.column(i)}};
     }
     return part;
   }

@@ -32,14 +32,12 @@ class Places {
   KLDIV_DEVICE int count() const {
     return columns_ > first_ ? static_cast<int>((columns_ - first_ + step_ - 1) / step_) : 0;
   }
-  KLDIV_DEVICE Place operator[](int index) const { return at(first_ + index * step_); }
 
-  // Calls body(place, index) for each.
+  // Calls body(place) for each.
   template <typename Body>
   KLDIV_DEVICE void for_each(const Body& body) const {
-    int index = 0;
     KLDIV_NO_UNROLL
-    for (uint32_t first = first_; first < columns_; first += step_) body(at(first), index++);
+    for (uint32_t first = first_; first < columns_; first += step_) body(at(first));
   }
 
  private:
@@ -84,8 +82,7 @@ class DenseSide {
   KLDIV_DEVICE acc_t logit(uint32_t column) const { return widen<acc_t>(*at(column)); }
   KLDIV_DEVICE const scalar_t* at(uint32_t column) const { return row_ + column; }
 
-  // Whether logits have so few digits that Difference may take the rows' maxima off first: 16 bits.
-  KLDIV_DEVICE static Constant<sizeof(scalar_t) == 2> narrow(const LogitsArgs&, const Scaling<acc_t>&) { return {}; }
+  using Narrow = Constant<sizeof(scalar_t) == 2>;  // see Difference
 
   // What d loss / d mapped logits means for the stored ones.
   KLDIV_DEVICE Group<acc_t> chained(const Group<acc_t>& gradient, const Place&) const { return gradient; }
@@ -123,10 +120,7 @@ class AnySide {
   }
   KLDIV_DEVICE acc_t logit(uint32_t column) const { return load<Use::kAgain>({column, 0, 1}, 0).x[0]; }
 
-  KLDIV_DEVICE static bool narrow(const LogitsArgs& args, const Scaling<acc_t>& scaling) {
-    return is_narrow(args.student.dtype) && is_narrow(args.teacher.dtype) && scaling.student.is_identity() &&
-           scaling.teacher.is_identity();
-  }
+  using Narrow = Constant<false>;
 
   KLDIV_DEVICE Group<acc_t> chained(Group<acc_t> gradient, const Place& place) const {
     if (map_.is_identity()) return gradient;
@@ -148,7 +142,6 @@ class AnySide {
   }
 
  private:
-  KLDIV_DEVICE static bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16; }
   KLDIV_DEVICE int64_t stride(const Place& place) const { return matrix_.layout.column_stride << place.shift; }
   KLDIV_DEVICE int64_t offset(const Place& place) const {
     return row_offset(matrix_.layout, row_) + place.first * matrix_.layout.column_stride;

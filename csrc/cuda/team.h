@@ -2,23 +2,35 @@
 // of the team alone.
 #pragma once
 
-#include "device.h"
+#include "units.h"
 
 namespace kldiv::cuda {
 
-// Sums, lane by lane as a tree; the first lane of each `width` gets the total.
+// What `two` makes of all lanes' values, as a tree, to each lane of `width`. `two` must not care for the order.
+template <typename Value, typename Two>
+KLDIV_DEVICE Value over_lanes(Value value, int width, const Two& two) {
+  KLDIV_UNROLL
+  for (int lanes = device::kWarp / 2; lanes > 0; lanes /= 2) {
+    if (lanes < width) value = two(value, device::shuffle_xor(value, lanes, width));
+  }
+  return value;
+}
+
 struct Sum {
   template <typename Value>
-  KLDIV_DEVICE Value operator()(Value value, int width) const {
-    KLDIV_NO_UNROLL  // once per row: not worth five copies
-        for (int lanes = width / 2; lanes > 0; lanes /= 2) {
-      value = value + device::shuffle_down(value, lanes, width);
-    }
-    return value;
+  KLDIV_DEVICE Value operator()(const Value& value, int width) const {
+    return over_lanes(value, width, [this](const Value& a, const Value& b) { return two(a, b); });
   }
   template <typename Value>
   KLDIV_DEVICE Value two(const Value& a, const Value& b) const {
     return a + b;
+  }
+};
+
+struct Max {
+  template <typename T>
+  KLDIV_DEVICE T operator()(T value, int width) const {
+    return over_lanes(value, width, [](T a, T b) { return maximum(a, b); });
   }
 };
 
@@ -57,8 +69,7 @@ class Team {
   template <typename Value, typename OverLanes>
   KLDIV_DEVICE Value all(Value value, const OverLanes& over_lanes) {
     value = over_lanes(value, lanes());
-    if (kCluster || width_ > device::kWarp) value = over_warps(value, over_lanes);
-    return device::broadcast(value, lanes());
+    return kCluster || width_ > device::kWarp ? over_warps(value, over_lanes) : value;
   }
 
  private:
@@ -69,8 +80,7 @@ class Team {
     const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp;
     Value* const mine = room + rank_ * warps + device::thread() / device::kWarp;
     if constexpr (kCluster) {
-      const Value to_all = device::broadcast(of_warp);
-      if (lane < blocks_) *device::of_peer(mine, lane) = to_all;
+      if (lane < blocks_) *device::of_peer(mine, lane) = of_warp;
       device::cluster_barrier();
     } else {
       if (lane == 0) *mine = of_warp;

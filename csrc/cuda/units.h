@@ -76,7 +76,11 @@ struct Pair<float> {
 
   KLDIV_HD Pair(float delta, float log2_p, float log2_q)
       : Pair(of(delta, device::exp2_approx(log2_p), device::exp2_approx(log2_q))) {}
-  KLDIV_HD static Pair of(float delta, float p, float q) { return {delta, p, q, Decay<float>(absolute(delta))}; }
+  // NaN, of narrow logits that are both -inf, stands for any number.
+  KLDIV_HD static Pair of(float log_ratio, float p, float q) {
+    const float delta = log_ratio != log_ratio ? 0 : log_ratio;
+    return {log_ratio, delta, p, q, Decay<float>(absolute(delta))};
+  }
 
   KLDIV_HD bool teacher_is_larger() const { return delta >= 0; }
   KLDIV_HD float by_larger(float if_teacher, float if_student) const {
@@ -86,18 +90,20 @@ struct Pair<float> {
   KLDIV_HD float teacher() const { return p; }
   KLDIV_HD float student() const { return q; }
   KLDIV_HD float difference() const {
-    const float small = p * delta - small_excess(), large = p - q;
+    const float small = teacher_log_ratio() - small_excess(), large = p - q;
     return is_small() ? small : large;
   }
-  KLDIV_HD float teacher_log_ratio() const { return p * above_minus_infinity(); }
+  // What a p of 0 can be multiplied with.
+  KLDIV_HD float teacher_log_ratio() const { return p * ::fmaxf(log_ratio, -1e30f); }
   KLDIV_HD float teacher_excess() const {
-    const float small = small_excess(), large = p * above_minus_infinity() - (p - q);
+    const float small = small_excess(), large = teacher_log_ratio() - (p - q);
     return is_small() ? small : large;
   }
   KLDIV_HD Pair exchanged() const {
     Pair x = *this;
     x.p = q;
     x.q = p;
+    x.log_ratio = -log_ratio;
     x.delta = -delta;
     return x;
   }
@@ -105,7 +111,7 @@ struct Pair<float> {
   KLDIV_HD float finite_excess() const { return minimum(excess, 1000.0f); }
 
  private:
-  KLDIV_HD Pair(float delta, float p, float q, const Decay<float>& decay)
+  KLDIV_HD Pair(float log_ratio, float delta, float p, float q, const Decay<float>& decay)
       : p(p),
         q(q),
         delta(delta),
@@ -113,17 +119,17 @@ struct Pair<float> {
         gap(absolute(delta)),
         ratio(decay.ratio),
         expm1(decay.expm1),
-        excess(decay.excess) {}
+        excess(decay.excess),
+        log_ratio(log_ratio) {}
 
-  KLDIV_HD bool is_small() const { return gap < 1; }
-  // p (e^-delta - 1 + delta), for |delta| < 1: relative error 2e-7
+  KLDIV_HD bool is_small() const { return absolute(log_ratio) < 0.5f; }
+  // p (e^-delta - 1 + delta), for |delta| < 1/2: relative error 8e-7
   KLDIV_HD float small_excess() const {
-    const float per_square = polynomial::horner(delta, 0.5f, -0.166666955f, 0.0416665152f, -0.00833093002f,
-                                                0.00138913351f, -0.000203254836f, 2.49608129e-05f);
-    return p * (delta * delta * per_square);
+    return teacher_log_ratio() * (log_ratio * polynomial::horner(log_ratio, 0.49999996f, -0.166662801f, 0.0416674768f,
+                                                                 -0.00839541123f, 0.00139146527f));
   }
-  // What a p of 0 can be multiplied with.
-  KLDIV_HD float above_minus_infinity() const { return maximum(delta, -1e30f); }
+
+  float log_ratio;
 };
 
 }  // namespace KLDIV_ISA

@@ -32,17 +32,12 @@ class Streamed {
   KLDIV_DEVICE void begin() const {}
   KLDIV_DEVICE void prepare(int64_t /*next*/) const {}
 
-  // Calls body(groups, place, index) for this thread's groups. `last`: of what is gone through again sometimes, whether
+  // Calls body(groups, place) for this thread's groups. `last`: of what is gone through again sometimes, whether
   // it is not.
   template <Pass pass, typename Body>
   KLDIV_DEVICE void walk(const Side& teacher, const Side& student, bool /*last*/, const Body& body) const {
     constexpr Use use = pass == Pass::kLast ? Use::kOnce : Use::kAgain;
-    places().for_each([&](const Place& place, int index) { body(load<use>(teacher, student, place), place, index); });
-  }
-
-  // Those of that index, again.
-  KLDIV_DEVICE Groups<acc_t> again(const Side& teacher, const Side& student, int index) const {
-    return load<Use::kAgain>(teacher, student, places()[index]);
+    places().for_each([&](const Place& place) { body(load<use>(teacher, student, place), place); });
   }
 
  private:
@@ -78,7 +73,11 @@ class Resident {
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
     fetching_ = can_fetch(teacher, student);
     if (!fetching_) return;
-    places().for_each([&](const Place& place, int index) { copy(teacher, student, place, slot(index)); });
+    unsigned char* slot = first_slot();
+    places().for_each([&](const Place& place) {
+      copy(teacher, student, place, slot);
+      slot += slot_step();
+    });
   }
 
   template <Pass pass, typename Body>
@@ -88,25 +87,24 @@ class Resident {
     const Side next_teacher(args_.teacher, scaling_.teacher, row), next_student(args_.student, scaling_.student, row);
     if (last) fetching_ = fetch_next && can_fetch(next_teacher, next_student);
     const Places<acc_t> places = this->places();
-    const int after_first = places.count() - 1;
-    places.for_each([&](const Place& place, int index) {
-      unsigned char* const slot = this->slot(index);
+    int left = places.count();
+    unsigned char* slot = first_slot();
+    places.for_each([&](const Place& place) {
       if constexpr (pass == Pass::kFirst) {
         if (fetched_) {
-          device::await_copies(after_first - index);
+          device::await_copies(--left);
         } else {
           put(slot, 0, teacher.template load<Use::kOnce>(place, kNoColumn));
           put(slot, 1, student.template load<Use::kOnce>(place, kNoColumn));
         }
       }
-      body(get(slot), place, index);
+      body(get(slot), place);
       if constexpr (pass != Pass::kFirst) {
         if (last && fetching_) copy(next_teacher, next_student, place, slot);
       }
+      slot += slot_step();
     });
   }
-
-  KLDIV_DEVICE Groups<acc_t> again(const Side&, const Side&, int index) const { return get(slot(index)); }
 
  private:
   using scalar_t = typename Side::scalar_t;
@@ -117,9 +115,10 @@ class Resident {
   KLDIV_DEVICE Places<acc_t> places() const { return {static_cast<uint32_t>(args_.columns), team_}; }
 
   // Threads side by side in each step of 16 bytes.
-  KLDIV_DEVICE static unsigned char* slot(int index) {
-    return device::dynamic_shared() + device::thread() * sizeof(Bytes16) + index * 2 * kPieces * piece_bytes();
+  KLDIV_DEVICE static unsigned char* first_slot() {
+    return device::dynamic_shared() + device::thread() * sizeof(Bytes16);
   }
+  KLDIV_DEVICE static int slot_step() { return 2 * kPieces * piece_bytes(); }
   KLDIV_DEVICE static int piece_bytes() { return device::threads() * static_cast<int>(sizeof(Bytes16)); }
   KLDIV_DEVICE static Bytes16* piece(unsigned char* slot, int side, int i) {
     return reinterpret_cast<Bytes16*>(slot + (side * kPieces + i) * piece_bytes());

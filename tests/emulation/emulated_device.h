@@ -48,16 +48,9 @@ T* of_peer(T* shared, int rank) {
 }
 
 template <typename T>
-T shuffle_down(const T& x, int lanes, int width = kWarp) {
+T shuffle_xor(const T& x, int lanes, int width = kWarp) {
   T value = x;
-  if (lanes == emulation::kFromFirst) emulation::fail("a shuffle from a lane below");
   emulation::shuffle(&value, sizeof(T), lanes, width);
-  return value;
-}
-template <typename T>
-T broadcast(const T& x, int width = kWarp) {
-  T value = x;
-  emulation::shuffle(&value, sizeof(T), emulation::kFromFirst, width);
   return value;
 }
 

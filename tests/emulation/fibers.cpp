@@ -166,7 +166,7 @@ class Machine {
 
   void shuffle(void* value, size_t size, int lanes, int width) {
     if (width != kNarrowest && width != 16 && width != kWarp) fail("a shuffle within neither 8 nor 16 nor 32 lanes");
-    if (lanes != kFromFirst && (lanes < 0 || lanes >= kWarp)) fail("a shuffle over more lanes than a warp has");
+    if (lanes < 0 || lanes >= width) fail("a shuffle over more lanes than its width");
     running_->value = value;
     running_->size = size;
     running_->lanes = lanes;
@@ -371,9 +371,7 @@ class Machine {
     std::vector<unsigned char> values(leader.size * width);
     for (int i = 0; i < width; ++i) std::memcpy(&values[i * leader.size], first[i]->value, leader.size);
     for (int i = 0; i < width; ++i) {
-      const int up = i + leader.lanes;
-      const int source = leader.lanes == kFromFirst ? 0 : (up < width ? up : i);
-      std::memcpy(first[i]->value, &values[source * leader.size], leader.size);
+      std::memcpy(first[i]->value, &values[(i ^ leader.lanes) * leader.size], leader.size);
       first[i]->state = kReady;
     }
     return true;

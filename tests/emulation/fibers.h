@@ -52,8 +52,7 @@ void barrier();
 void cluster_barrier();
 
 // For body(): waits for all of the `width` lanes that this one belongs to, then replaces [value, value + size) by that
-// of the lane `lanes` up (one's own beyond the last) or, with kFromFirst, of the first.
-constexpr int kFromFirst = -1;
+// of the lane whose number differs from this one's in the bits of `lanes`.
 void shuffle(void* value, size_t size, int lanes, int width);
 
 // For body(): the block's shared memory of that name, aligned as asked for and no better; all bytes 0xff at first,

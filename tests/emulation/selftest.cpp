@@ -36,14 +36,14 @@ KLDIV_KERNEL(kThreads, 1) barrier_for_half(double* out) {
 }
 
 KLDIV_KERNEL(kThreads, 1) shuffle_for_half_a_warp(double* out) {
-  if (device::thread() % device::kWarp < device::kWarp / 2) out[device::thread()] = device::broadcast(1.0);
+  if (device::thread() % device::kWarp < device::kWarp / 2) out[device::thread()] = device::shuffle_xor(1.0, 1);
 }
 
 KLDIV_KERNEL(kThreads, 1) barrier_against_shuffle(double* out) {
   if (device::thread() % 2) {
     device::barrier();
   } else {
-    out[device::thread()] = device::broadcast(1.0);
+    out[device::thread()] = device::shuffle_xor(1.0, 1);
   }
 }
 
@@ -75,27 +75,26 @@ template <int kWidth>
 KLDIV_KERNEL(kThreads, 1)
 narrow_shuffles(double* out) {
   const int lane = device::thread() % device::kWarp;
-  bool right = device::broadcast(lane, kWidth) == lane / kWidth * kWidth;
+  bool right = true;
   for (int lanes = 0; lanes < kWidth; ++lanes) {
-    const int source = lane % kWidth + lanes < kWidth ? lane + lanes : lane;
-    right = right && device::shuffle_down(lane, lanes, kWidth) == source;
+    right = right && device::shuffle_xor(lane, lanes, kWidth) == (lane ^ lanes);
   }
   out[device::thread()] = right;
 }
 
 KLDIV_KERNEL(kThreads, 1) shuffles_of_two_widths(double* out) {
-  out[device::thread()] = device::broadcast(1.0, device::thread() % device::kWarp < 8 ? 16 : 8);
+  out[device::thread()] = device::shuffle_xor(1.0, 1, device::thread() % device::kWarp < 8 ? 16 : 8);
 }
 
 // Others of the warp need not take part.
 KLDIV_KERNEL(kThreads, 1) shuffle_for_some(double* out) {
-  out[device::thread()] = device::thread() % device::kWarp < 8 ? device::broadcast(1.0, 8) : 1;
+  out[device::thread()] = device::thread() % device::kWarp < 8 ? device::shuffle_xor(1.0, 1, 8) : 1;
 }
 
-KLDIV_KERNEL(kThreads, 1) shuffle_of_odd_width(double* out) { out[device::thread()] = device::broadcast(1.0, 12); }
+KLDIV_KERNEL(kThreads, 1) shuffle_of_odd_width(double* out) { out[device::thread()] = device::shuffle_xor(1.0, 1, 12); }
 
 KLDIV_KERNEL(kThreads, 1) shuffle_too_far(double* out) {
-  out[device::thread()] = device::shuffle_down(1.0, device::kWarp);
+  out[device::thread()] = device::shuffle_xor(1.0, 16, 16);
 }
 
 // ---------------------------------------------------------------- dynamic shared memory
@@ -425,7 +424,7 @@ const Case kCases[] = {
     {"shuffles_of_two_widths", shuffles_of_two_widths, 1, "its lanes wait in different shuffles"},
     {"shuffle_for_some", shuffle_for_some, 1, kRight},
     {"shuffle_of_odd_width", shuffle_of_odd_width, 1, "a shuffle within neither 8 nor 16 nor 32 lanes"},
-    {"shuffle_too_far", shuffle_too_far, 1, "a shuffle over more lanes"},
+    {"shuffle_too_far", shuffle_too_far, 1, "a shuffle over more lanes than its width"},
 
     {"neighbour_in_dynamic", neighbour_in_dynamic, 1, kRight, kWithRoom},
     {"read_of_nothing_in_dynamic", read_of_nothing_in_dynamic, 0, kWrong, kWithRoom},
