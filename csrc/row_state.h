@@ -102,9 +102,10 @@ concept OnePass = requires(float sum) { Divergence::weight(sum, sum); };
 template <typename acc_t>
 struct RowState {
   LogSumExp<acc_t> teacher, student;
-  acc_t difference = 0;   // teacher.sum - student.sum, but with digits of its own
-  acc_t term = 0;         // that sum, where it is asked for
-  LogSumExp<acc_t> hard;  // the student's for the cross entropy; untouched where there is none
+  acc_t difference = 0;       // teacher.sum - student.sum, but with digits of its own
+  acc_t term = 0;             // that sum, where it is asked for, and from its columns
+  acc_t term_difference = 0;  // what `difference` is, with more digits
+  LogSumExp<acc_t> hard;      // the student's for the cross entropy; untouched where there is none
   // The other side's logit where one side is largest; of several such columns the largest, on a CPU of those in the
   // first chunk that has any.
   acc_t beside_student_max = static_cast<acc_t>(-__builtin_inff()), beside_teacher_max = beside_student_max;
@@ -147,17 +148,24 @@ struct RowState {
     const acc_t change =
         Difference<acc_t>(teacher_offset, student_offset)(part.teacher.max, part.student.max) * inverse_temperature;
     const acc_t of_change = divergence.term(Pair<acc_t>::of(change, factor.teacher, factor.student));
-    term += part.term * Divergence::weight(factor.teacher, factor.student) + part.difference * factor.difference +
+    term += part.term * Divergence::weight(factor.teacher, factor.student) + part.term_difference * factor.difference +
             Divergence::weight(part.teacher.sum, part.student.sum) * of_change;
+    term_difference += part.term_difference * factor.student + part.teacher.sum * factor.difference;
   }
 
   // The divergence, and what was taken off for it: as much as that is larger, as much larger is the error.
   template <OnePass Divergence>
-  KLDIV_HD OnePassTerm<acc_t> one_pass_term(const Divergence& divergence, acc_t log_ratio) const {
+  KLDIV_HD OnePassTerm<acc_t> one_pass_term(const Divergence& divergence) const {
     const acc_t per_weight = 1 / Divergence::weight(teacher.sum, student.sum);
-    const acc_t taken_off =
-        divergence.term(Pair<acc_t>::of(log_ratio, teacher.sum * per_weight, student.sum * per_weight));
+    const acc_t taken_off = divergence.term(
+        Pair<acc_t>::of(log_ratio_of_sums(term_difference), teacher.sum * per_weight, student.sum * per_weight));
     return {term * per_weight - taken_off, taken_off};
+  }
+
+  // log(teacher.sum / student.sum), of close rows by their difference.
+  KLDIV_HD acc_t log_ratio_of_sums(acc_t difference) const {
+    const acc_t excess = difference / student.sum;
+    return absolute(excess) < static_cast<acc_t>(0.25) ? Log1p<acc_t>(excess).value : log(teacher.sum / student.sum);
   }
 
  private:
@@ -256,7 +264,7 @@ struct RowConstants {
       : student{state.student.max, log2_sum(state.student), 0, {}},
         teacher{state.teacher.max, log2_sum(state.teacher), 0, {}},
         hard_log2_sum(state.hard.sum == 0 ? 0 : log2_sum(state.hard)),
-        log_ratio(log_of_ratio(state) + 0 * state.teacher.max + 0 * state.student.max) {}
+        log_ratio(state.log_ratio_of_sums(state.difference) + 0 * state.teacher.max + 0 * state.student.max) {}
 
   // With the references of the sides that are wanted; infinite in place of others, for whoever asks for those later.
   template <typename Divergence, bool kNarrow = false>
@@ -290,13 +298,6 @@ struct RowConstants {
   }
 
  private:
-  // log(teacher.sum / student.sum), of close rows by their difference.
-  KLDIV_HD static acc_t log_of_ratio(const RowState<acc_t>& state) {
-    const acc_t excess = state.difference / state.student.sum;
-    return absolute(excess) < static_cast<acc_t>(0.25) ? Log1p<acc_t>(excess).value
-                                                       : log(state.teacher.sum / state.student.sum);
-  }
-
   // A row without any mass (all -inf) is NaN.
   KLDIV_HD static acc_t log2_sum(const LogSumExp<acc_t>& state) {
     return state.max == -infinity<acc_t>() ? nan<acc_t>() : log(state.sum) * static_cast<acc_t>(kLog2E);

@@ -133,8 +133,6 @@ def test_arithmetic_by_the_special_function_unit(kernels: harness.Kernels) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
 def test_loss_and_gradients(kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
-    # Their losses alone are made in one pass, after which last bits differ.
-    in_one_pass = (divergence, parameter) in (("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 1.0))
     for i, columns in enumerate(COLUMNS):
         kernels.set_order(*ORDERS[i % len(ORDERS)])
         student, teacher = logits(2, columns, dtype)
@@ -173,10 +171,7 @@ def test_loss_and_gradients(kernels: harness.Kernels, divergence: str, parameter
             wanted = gradients["grad_student"], gradients["grad_teacher"]
             constants = kernels.distillation(student, teacher, wanted=wanted, **options)["row_constants"]
             backward = kernels.distillation_backward(one, student, teacher, constants, **gradients, **options)
-            expected = {"grad_student": 0.7 * grad_student, "grad_teacher": 0.7 * grad_teacher}[name]
-            assert_gradient(backward[name], expected)
-            if not in_one_pass:
-                assert torch.equal(backward[name], both[name])
+            assert torch.equal(backward[name], both[name])
 
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -527,7 +522,7 @@ def test_launches_fit_their_devices(kernels: harness.Kernels, device: resources.
     names = (resources.STREAMED, resources.RESIDENT) if device.clusters else (resources.STREAMED,)
     assert {launch.kernel for launch in launches} == {*names}
     for launch in launches:
-        reserved = 13 * 1024 if launch.kernel == resources.RESIDENT else 4 * 1024
+        reserved = 14 * 1024 if launch.kernel == resources.RESIDENT else 4 * 1024
         shared = launch.dynamic_shared + reserved
         blocks = resources.blocks_per_multiprocessor(device, launch.threads, 128, shared)
         assert blocks >= 1, launch

@@ -11,7 +11,8 @@ namespace kldiv::cuda {
 struct NoTerms {};
 
 // Phase 1 of one thread's groups. What it gives as each side's maximum is a base: one of the row's logits, to which the
-// sums are relative, and which the largest one is only so far above that the sums tell it. So nobody has to look for it.
+// sums are relative, and which the largest one is only so far above that the sums tell it. So nobody has to look for
+// it.
 template <typename acc_t, typename Terms, typename Narrow>
 class ThreadState {
  public:
@@ -30,7 +31,10 @@ class ThreadState {
     state_.teacher.sum += sums.teacher;
     state_.student.sum += sums.student;
     state_.difference += sums.difference;
-    if constexpr (OnePass<Terms>) state_.term += sums.term;
+    if constexpr (OnePass<Terms>) {
+      state_.term += sums.term;
+      state_.term_difference += sums.term_difference;
+    }
   }
 
   KLDIV_DEVICE const RowState<acc_t>& state() const { return state_; }
@@ -41,7 +45,7 @@ class ThreadState {
   static constexpr acc_t kAhead = 256;
 
   struct GroupSums {
-    acc_t teacher, student, difference, term;
+    acc_t teacher, student, difference, term, term_difference;
 
     GroupSums() = default;
     KLDIV_DEVICE GroupSums(const Groups<acc_t>& group, const ThreadState& thread, acc_t inverse_temperature) {
@@ -53,6 +57,7 @@ class ThreadState {
                                          inverse_temperature);
         teacher = i == 0 ? x.teacher : teacher + x.teacher;
         student = i == 0 ? x.student : student + x.student;
+        difference = i == 0 ? x.difference : difference + x.difference;
         if constexpr (OnePass<Terms>) {
           const Difference<acc_t, Narrow{}> between{teacher_offset, student_offset};
           const acc_t d = between(group.teacher.x[i], group.student.x[i]) * inverse_temperature;
@@ -60,11 +65,9 @@ class ThreadState {
           const acc_t of_column = thread.terms_.term(pair), moment_of_column = Terms::moment(pair);
           term = i == 0 ? of_column : term + of_column;
           moment = i == 0 ? moment_of_column : moment + moment_of_column;
-        } else {
-          difference = i == 0 ? x.difference : difference + x.difference;
         }
       }
-      if constexpr (OnePass<Terms>) difference = Terms::difference(moment - term);
+      if constexpr (OnePass<Terms>) term_difference = Terms::difference(moment - term);
     }
   };
 
@@ -125,7 +128,10 @@ struct MergeStates {
     all.teacher.sum = Sum()(all.teacher.sum, width);
     all.student.sum = Sum()(all.student.sum, width);
     all.difference = Sum()(all.difference, width);
-    if constexpr (OnePass<Terms>) all.term = Sum()(all.term, width);
+    if constexpr (OnePass<Terms>) {
+      all.term = Sum()(all.term, width);
+      all.term_difference = Sum()(all.term_difference, width);
+    }
     if (hard) {
       all.hard.max = Max()(mine.hard.max, width);
       all.hard.sum = Sum()(all.hard.merged(mine.hard, scaling.hard_inverse_temperature).sum, width);

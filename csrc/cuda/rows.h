@@ -74,8 +74,7 @@ class RowDistillation : RowReader<Walk> {
   static constexpr acc_t kMostTakenOff = 16;
 
   using Evaluation = Columns<acc_t, Divergence, typename Side::Narrow>;
-  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
-      RowReader<Walk>::state;
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
 
   // `row`, or the first one of this team's after it whose position counts. Others are not read.
   KLDIV_DEVICE int64_t next_that_counts(int64_t row) const {
@@ -127,11 +126,11 @@ class RowDistillation : RowReader<Walk> {
     if (forward && !one_pass) state = this->state(teacher, student, references, labelled, NoTerms());
     RowConstants<acc_t> constants;
     if (forward) {
-      constants = RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted,
-                                      typename Side::Narrow());
+      constants =
+          RowConstants<acc_t>(state, divergence_, scaling_.inverse_temperature, args_.wanted, typename Side::Narrow());
       if (labelled) {  // relative to the same base as all else of the student's
-        constants.hard_log2_sum += (state.hard.max - state.student.max) * scaling_.hard_inverse_temperature *
-                                   static_cast<acc_t>(kLog2E);
+        constants.hard_log2_sum +=
+            (state.hard.max - state.student.max) * scaling_.hard_inverse_temperature * static_cast<acc_t>(kLog2E);
       }
     } else {
       constants = static_cast<const RowConstants<acc_t>*>(args_.row_constants)[row];
@@ -151,7 +150,7 @@ class RowDistillation : RowReader<Walk> {
       RowSums<acc_t> total;
       if constexpr (OnePass<Divergence>) {
         if (one_pass) {
-          const auto [value, taken_off] = state.one_pass_term(divergence_, constants.log_ratio);
+          const auto [value, taken_off] = state.one_pass_term(divergence_);
           one_pass = taken_off <= kMostTakenOff * value;  // not where either is NaN
           total.term = value;
         }
@@ -249,8 +248,7 @@ class RowTokenStats : RowReader<Walk> {
   }
 
  private:
-  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_,
-      RowReader<Walk>::state;
+  using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
 
   KLDIV_DEVICE void tell(int64_t row) {
     RowStats<acc_t>& stats = static_cast<RowStats<acc_t>*>(args_.row_stats)[row];

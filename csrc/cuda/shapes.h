@@ -75,7 +75,7 @@ constexpr int kClusterBlocksPerMultiprocessor = 2;
 // Below that a row's few groups per thread are still in the L1 cache when they are read again.
 constexpr int64_t kMinResidentColumns = 1025;
 // Of a block's shared memory, for partial results and what CUDA takes itself.
-constexpr size_t kReservedBytes = 14 * 1024;
+constexpr size_t kReservedBytes = 15 * 1024;
 
 // A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the
 // number of clusters that the device runs at a time, is not 0. No blocks where there is none, or where the
