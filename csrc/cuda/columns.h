@@ -192,38 +192,40 @@ struct Columns {
     }
   }
 
-  // Phases 2 and 3 in one, for a divergence whose g_q sums to 0: the sum of terms, and the student's gradient.
+  // The cross entropy's part of the student's gradient: softmax less one at the label.
+  KLDIV_DEVICE Group<acc_t> cross_entropy_gradient(const Group<acc_t>& student, const Place& place) const {
+    Group<acc_t> gradient{};
+    if (hard_factor == 0) return gradient;
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t>; ++i) {
+      const acc_t softmax =
+          probability(student.x[i], row.student.max, row.hard_log2_sum, scaling.hard_inverse_temperature);
+      gradient.x[i] = (softmax - (place.column(i) == label ? 1 : 0)) * hard_factor;
+    }
+    return gradient;
+  }
+
+  // Phases 2 and 3 in one, for a divergence whose g_q sums to 0: the sum of terms; the student's gradient is added.
   KLDIV_DEVICE acc_t sum_with_gradient(const Groups<acc_t>& group, Group<acc_t>& gradient) const {
     static_assert(Divergence::kGradQSumsToZero);
     acc_t sum = 0;
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
       const Pair<acc_t> x = pair(group, i);
-      sum += divergence.term(x);
-      gradient.x[i] = divergence.grad_q(x) * factor;
+      const acc_t term = divergence.term(x);
+      sum = i == 0 ? term : sum + term;
+      gradient.x[i] = divergence.grad_q(x) * factor + gradient.x[i];
     }
     return sum;
   }
 
-  // The cross entropy's part of the student's gradient: softmax less one at the label.
-  KLDIV_DEVICE void add_cross_entropy(const Group<acc_t>& student, const Place& place, Group<acc_t>& gradient) const {
-    if (hard_factor == 0) return;
+  // Phase 3; the student's is added.
+  KLDIV_DEVICE void add_student_gradient(const Groups<acc_t>& group, Group<acc_t>& gradient) const {
     KLDIV_UNROLL
     for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const acc_t softmax =
-          probability(student.x[i], row.student.max, row.hard_log2_sum, scaling.hard_inverse_temperature);
-      gradient.x[i] += (softmax - (place.column(i) == label ? 1 : 0)) * hard_factor;
+      gradient.x[i] =
+          row.student.gradient(divergence, pair(group, i), row.student.shifted()) * factor + gradient.x[i];
     }
-  }
-
-  // Phase 3.
-  KLDIV_DEVICE Group<acc_t> student_gradient(const Groups<acc_t>& group) const {
-    Group<acc_t> gradient;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      gradient.x[i] = row.student.gradient(divergence, pair(group, i), row.student.shifted()) * factor;
-    }
-    return gradient;
   }
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Groups<acc_t>& group) const {
     Group<acc_t> gradient;

@@ -189,9 +189,8 @@ class RowDistillation : RowReader<Walk> {
     if constexpr (Divergence::kGradQSumsToZero) {
       const auto to = Side::target(args_.grad_student, row);
       walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
-        Group<acc_t> gradient;
+        Group<acc_t> gradient = columns.cross_entropy_gradient(group.student, place);
         mine.term += columns.sum_with_gradient(group, gradient);
-        columns.add_cross_entropy(group.student, place, gradient);
         Side::store(args_.grad_student, to, place, student.chained(gradient, place));
       });
     }
@@ -204,8 +203,8 @@ class RowDistillation : RowReader<Walk> {
     const auto to_teacher = Side::target(args_.grad_teacher, row);
     walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
       if (args_.grad_student.out.data) {
-        Group<acc_t> gradient = columns.student_gradient(group);
-        columns.add_cross_entropy(group.student, place, gradient);
+        Group<acc_t> gradient = columns.cross_entropy_gradient(group.student, place);
+        columns.add_student_gradient(group, gradient);
         Side::store(args_.grad_student, to_student, place, student.chained(gradient, place));
       }
       if (args_.grad_teacher.out.data) {
