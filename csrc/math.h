@@ -112,6 +112,16 @@ KLDIV_HD T minimum(T a, T b) {
   return Primitives<T>::minimum(a, b);
 }
 
+// a where x < y, or where x == y, and b elsewhere; both of them computed: no branch.
+template <typename T>
+KLDIV_HD T where_less(T x, T y, T a, T b) {
+  return x < y ? a : b;
+}
+template <typename T>
+KLDIV_HD T where_equal(T x, T y, T a, T b) {
+  return x == y ? a : b;
+}
+
 inline constexpr double kLn2 = 0.69314718055994530942;
 inline constexpr double kLog2E = 1.44269504088896340736;
 
@@ -268,6 +278,13 @@ struct LogReduction {
     k = bit_cast<T>(static_cast<IntOf<T>>(exponent + bit_cast<IntOf<T>>(splat<T>(F::kRound)))) - F::kRound;
   }
 };
+
+// log2(u) for a positive normal number, with an absolute error near 1.
+template <typename T>
+KLDIV_HD T log2_normal(T u) {
+  const LogReduction<T> r(u);
+  return r.k + (r.f - polynomial::log_shortfall(r.f)) * static_cast<Scalar<T>>(kLog2E);
+}
 
 // log(1 + y) for y > -1, and what it lacks to y: both to full relative accuracy near 0.
 template <typename T>

@@ -187,6 +187,10 @@ struct RowSums {
 template <typename Divergence, typename T>
 concept HasShifted = requires(const Divergence& divergence, const Pair<T>& x) { divergence.grad_q_shifted(x); };
 
+// Whether a divergence may be asked for columns as BalancedPair where is_balanced() says so; double has time.
+template <typename Divergence, typename T>
+concept HasBalanced = kIsFloat<T> && requires(const Divergence& divergence) { divergence.is_balanced(); };
+
 // The derivative of the student's side in the form asked for, if there are two. `shifted` is a bool or, where a branch
 // would cost more than either form, a std::bool_constant.
 template <typename T, typename Divergence, typename Bool>
@@ -227,6 +231,8 @@ struct SideConstants {
   Reference<acc_t> at_max;
 
   KLDIV_HD bool shifted() const { return at_max.shifted != 0; }
+  // Whether the other side excludes what this one is sure of: little but the shifted derivatives' digits is then left.
+  KLDIV_HD bool is_apart() const { return at_max.delta < -4; }
 
   // A column's derivative without the reference's share; `shifted` says what shifted() does, see derivative().
   template <typename T, typename Divergence, typename Bool>
@@ -235,8 +241,14 @@ struct SideConstants {
     if constexpr (Divergence::kGradQSumsToZero) {
       return g;
     } else {
-      return x.delta == at_max.delta ? T{} : g - x.student() * at_max.slope;
+      return where_equal(x.delta, splat<T>(at_max.delta), T{}, g - x.student() * at_max.slope);
     }
+  }
+
+  // There the shifted derivative is the plain one and a constant times q.
+  template <typename T, typename Divergence>
+  KLDIV_HD T grad(const Divergence& divergence, const BalancedPair<T>& x, bool shifted) const {
+    return x.larger * x.student * above_slope(divergence, x, shifted);
   }
 
   // A column's gradient but for a factor: the softmax Jacobian of the derivatives.
@@ -248,6 +260,17 @@ struct SideConstants {
     } else {
       return g - x.student() * sum_grad;
     }
+  }
+  template <typename T, typename Divergence>
+  KLDIV_HD T gradient(const Divergence& divergence, const BalancedPair<T>& x, bool shifted) const {
+    return x.larger * x.student * (above_slope(divergence, x, shifted) - sum_grad);
+  }
+
+ private:
+  template <typename T, typename Divergence>
+  KLDIV_HD T above_slope(const Divergence& divergence, const BalancedPair<T>& x, bool shifted) const {
+    const acc_t slope = at_max.slope - (shifted ? divergence.template grad_q_shift<acc_t>() : 0);
+    return where_equal(x.delta, splat<T>(at_max.delta), T{}, divergence.grad_q(x) - slope);
   }
 };
 
@@ -317,13 +340,13 @@ KLDIV_HD T probability(T logit, Scalar<T> max, Scalar<T> log2_sum, Scalar<T> inv
 }
 
 // One column from its two logits; T is acc_t or a vector of it.
-template <typename T, bool kNarrow = false>
-KLDIV_HD Pair<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
-                           Constant<kNarrow> narrow = {}) {
+template <template <typename> typename PairType = Pair, typename T, bool kNarrow = false>
+KLDIV_HD PairType<T> make_pair(T teacher, T student, const RowConstants<Scalar<T>>& row, Scalar<T> inverse_temperature,
+                               Constant<kNarrow> narrow = {}) {
   const Scalar<T> per_bit = inverse_temperature * static_cast<Scalar<T>>(kLog2E);
-  return Pair<T>(row.log_ratio_at(teacher, student, inverse_temperature, narrow),
-                 (teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
-                 (student - row.student.max) * per_bit - row.student.log2_sum);
+  return PairType<T>(row.log_ratio_at(teacher, student, inverse_temperature, narrow),
+                     (teacher - row.teacher.max) * per_bit - row.teacher.log2_sum,
+                     (student - row.student.max) * per_bit - row.student.log2_sum);
 }
 
 // The sums of phase 2 that tell about a position rather than train on it.

@@ -181,15 +181,22 @@ struct Columns {
 
   // Phase 2; the sums of the gradients that are wanted, where nobody knows them to be 0.
   KLDIV_DEVICE RowSums<acc_t> sums(const Groups<acc_t>& group, Sides wanted) const {
-    constexpr bool kStudent = !Divergence::kGradQSumsToZero, kTeacher = !Divergence::kGradPSumsToZero;
-    // Between columns a branch keeps them from being computed side by side: only where there is no other way.
-    using No = Constant<false>;
-    if (!(kStudent && wanted.student) && !(kTeacher && wanted.teacher)) return sums_of(group, No(), No());
-    if constexpr (kStudent && kTeacher) {
-      return sums_of(group, wanted.student, wanted.teacher);
+    RowSums<acc_t> sums;
+    Group<acc_t> nothing;
+    if (!Divergence::kGradQSumsToZero && wanted.student) {
+      each_column(group, &row.student, nothing, [&](const auto& x, auto shifted, acc_t&) {
+        sums.term += divergence.term(x);
+        sums.grad_q += row.student.grad(divergence, x, shifted);
+      });
     } else {
-      return sums_of(group, Constant<kStudent>(), Constant<kTeacher>());
+      each_column(group, nullptr, nothing, [&](const auto& x, auto, acc_t&) { sums.term += divergence.term(x); });
     }
+    if (!Divergence::kGradPSumsToZero && wanted.teacher) {
+      each_column(group, &row.teacher, nothing, [&](const auto& x, auto shifted, acc_t&) {
+        sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), shifted);
+      });
+    }
+    return sums;
   }
 
   // The cross entropy's part of the student's gradient: softmax less one at the label.
@@ -209,58 +216,72 @@ struct Columns {
   KLDIV_DEVICE acc_t sum_with_gradient(const Groups<acc_t>& group, Group<acc_t>& gradient) const {
     static_assert(Divergence::kGradQSumsToZero);
     acc_t sum = 0;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(group, i);
-      const acc_t term = divergence.term(x);
-      sum = i == 0 ? term : sum + term;
-      gradient.x[i] = divergence.grad_q(x) * factor + gradient.x[i];
-    }
+    each_column(group, nullptr, gradient, [&](const auto& x, auto, acc_t& value) {
+      sum += divergence.term(x);
+      value = divergence.grad_q(x) * factor + value;
+    });
     return sum;
   }
 
   // Phase 3; the student's is added.
   KLDIV_DEVICE void add_student_gradient(const Groups<acc_t>& group, Group<acc_t>& gradient) const {
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      gradient.x[i] =
-          row.student.gradient(divergence, pair(group, i), row.student.shifted()) * factor + gradient.x[i];
-    }
+    each_column(group, &row.student, gradient, [&](const auto& x, auto shifted, acc_t& value) {
+      value = row.student.gradient(divergence, x, shifted) * factor + value;
+    });
   }
   KLDIV_DEVICE Group<acc_t> teacher_gradient(const Groups<acc_t>& group) const {
     Group<acc_t> gradient;
-    KLDIV_UNROLL
-    for (int i = 0; i < kGroup<acc_t>; ++i) {
-      const Pair<acc_t> x = pair(group, i).exchanged();
-      gradient.x[i] = row.teacher.gradient(exchanged(divergence), x, row.teacher.shifted()) * factor;
-    }
+    each_column(group, &row.teacher, gradient, [&](const auto& x, auto shifted, acc_t& value) {
+      value = row.teacher.gradient(exchanged(divergence), x.exchanged(), shifted) * factor;
+    });
     return gradient;
   }
 
  private:
-  template <typename OfStudent, typename OfTeacher>
-  KLDIV_DEVICE RowSums<acc_t> sums_of(const Groups<acc_t>& group, OfStudent of_student, OfTeacher of_teacher) const {
+  // Calls function(pair, shifted, value) for each column and its value; `side` is the one whose derivative is asked
+  // for, if any. Between columns a branch would keep them from being computed side by side: what is the same for all is
+  // asked for before.
+  template <typename Function>
+  KLDIV_DEVICE void each_column(const Groups<acc_t>& group, const SideConstants<acc_t>* side, Group<acc_t>& values,
+                                const Function& function) const {
+    const bool shifted = side != nullptr && side->shifted();
+    if constexpr (HasBalanced<Divergence, acc_t>) {
+      const bool apart = shifted && side->is_apart();
+      if (divergence.is_balanced() && !apart) return each<BalancedPair, 1>(group, shifted, values, function);
+    }
     // Formulas of two forms are long: half a group at a time, or there are not enough registers.
-    constexpr int kParts = HasShifted<Divergence, acc_t> ? 2 : 1, kSize = kGroup<acc_t> / kParts;
-    RowSums<acc_t> sums;
+    constexpr int kParts = HasShifted<Divergence, acc_t> ? 2 : 1;
+    if (HasShifted<Divergence, acc_t> && shifted) {
+      each<Pair, kParts>(group, Constant<true>(), values, function);
+    } else {
+      each<Pair, kParts>(group, Constant<false>(), values, function);
+    }
+  }
+  template <template <typename> typename PairType, int kParts, typename Bool, typename Function>
+  KLDIV_DEVICE void each(Groups<acc_t> group, Bool shifted, Group<acc_t>& values, const Function& function) const {
+    constexpr int kSize = kGroup<acc_t> / kParts;
     KLDIV_NO_UNROLL
     for (int part = 0; part < kParts; ++part) {
       KLDIV_UNROLL
       for (int i = 0; i < kSize; ++i) {
-        const int other = i + (kParts - 1) * kSize;
-        const Pair<acc_t> x = make_pair(part == 0 ? group.teacher.x[i] : group.teacher.x[other],
-                                        part == 0 ? group.student.x[i] : group.student.x[other], row,
-                                        scaling.inverse_temperature, Narrow());
-        sums.term += divergence.term(x);
-        if (of_student) sums.grad_q += row.student.grad(divergence, x, row.student.shifted());
-        if (of_teacher) sums.grad_p += row.teacher.grad(exchanged(divergence), x.exchanged(), row.teacher.shifted());
+        const auto x =
+            make_pair<PairType>(group.teacher.x[i], group.student.x[i], row, scaling.inverse_temperature, Narrow());
+        function(x, shifted, values.x[i]);
+      }
+      if constexpr (kParts == 2) {
+        exchange_halves(group.teacher);
+        exchange_halves(group.student);
+        exchange_halves(values);
       }
     }
-    return sums;
   }
-
-  KLDIV_DEVICE Pair<acc_t> pair(const Groups<acc_t>& group, int i) const {
-    return make_pair(group.teacher.x[i], group.student.x[i], row, scaling.inverse_temperature, Narrow());
+  KLDIV_DEVICE static void exchange_halves(Group<acc_t>& group) {
+    KLDIV_UNROLL
+    for (int i = 0; i < kGroup<acc_t> / 2; ++i) {
+      const acc_t x = group.x[i];
+      group.x[i] = group.x[i + kGroup<acc_t> / 2];
+      group.x[i + kGroup<acc_t> / 2] = x;
+    }
   }
 };
 

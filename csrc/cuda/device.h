@@ -125,7 +125,8 @@ KLDIV_DEVICE T shuffle_xor(const T& x, int lanes, int width = kWarp) {
 
 // Of a float, in one instruction. The special function unit's take subnormal numbers for 0; relative errors up to
 // 2^-22, 2^-23 and, in the logarithm of a number from 1/2 to 2, an absolute one of 2^-22. maximum and minimum are NaN
-// where either number is. For the device alone, but called by functions that are for both.
+// where either number is; where_less and where_equal are a where that is so and b elsewhere. For the device alone, but
+// called by functions that are for both.
 #if defined(__CUDA_ARCH__)
 #define KLDIV_INSTRUCTION(name, ...)      \
   float result;                           \
@@ -142,6 +143,14 @@ KLDIV_HD float maximum([[maybe_unused]] float a, [[maybe_unused]] float b) {
 }
 KLDIV_HD float minimum([[maybe_unused]] float a, [[maybe_unused]] float b) {
   KLDIV_INSTRUCTION("min.NaN.f32 %0, %1, %2;", "f"(a), "f"(b));
+}
+KLDIV_HD float where_less([[maybe_unused]] float x, [[maybe_unused]] float y, [[maybe_unused]] float a,
+                          [[maybe_unused]] float b) {
+  KLDIV_INSTRUCTION("{.reg .pred p; setp.lt.f32 p, %1, %2; selp.f32 %0, %3, %4, p;}", "f"(x), "f"(y), "f"(a), "f"(b));
+}
+KLDIV_HD float where_equal([[maybe_unused]] float x, [[maybe_unused]] float y, [[maybe_unused]] float a,
+                           [[maybe_unused]] float b) {
+  KLDIV_INSTRUCTION("{.reg .pred p; setp.eq.f32 p, %1, %2; selp.f32 %0, %3, %4, p;}", "f"(x), "f"(y), "f"(a), "f"(b));
 }
 #undef KLDIV_INSTRUCTION
 

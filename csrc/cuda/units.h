@@ -23,6 +23,15 @@ KLDIV_HD float absolute(float x) {
   return ::fabsf(x);
 }
 
+template <>
+KLDIV_HD float where_less(float x, float y, float a, float b) {
+  return device::where_less(x, y, a, b);
+}
+template <>
+KLDIV_HD float where_equal(float x, float y, float a, float b) {
+  return device::where_equal(x, y, a, b);
+}
+
 // Of use in sums alone: what underflows is 0 here.
 template <>
 KLDIV_HD float exp2_floored(float x) {
@@ -33,6 +42,11 @@ template <>
 KLDIV_HD float exp2(float x) {
   const float value = device::exp2_approx(x);
   return value == 0 && x != -infinity<float>() ? Format<float>::kTiny : value;
+}
+
+template <>
+KLDIV_HD float log2_normal(float x) {
+  return device::log2_approx(x);
 }
 
 template <>
@@ -66,7 +80,7 @@ struct Log1p<float> {
 };
 
 // With p and q at an instruction each, what they differ by is taken from them wherever it is not small, and nothing has
-// to be seen from the larger one. What is chosen from is made beforehand, or the compiler makes it a branch.
+// to be seen from the larger one.
 template <>
 struct Pair<float> {
   using Mask = bool;
@@ -89,16 +103,10 @@ struct Pair<float> {
 
   KLDIV_HD float teacher() const { return p; }
   KLDIV_HD float student() const { return q; }
-  KLDIV_HD float difference() const {
-    const float small = teacher_log_ratio() - small_excess(), large = p - q;
-    return is_small() ? small : large;
-  }
+  KLDIV_HD float difference() const { return where_small(teacher_log_ratio() - small_excess(), p - q); }
   // What a p of 0 can be multiplied with.
   KLDIV_HD float teacher_log_ratio() const { return p * ::fmaxf(log_ratio, -1e30f); }
-  KLDIV_HD float teacher_excess() const {
-    const float small = small_excess(), large = teacher_log_ratio() - (p - q);
-    return is_small() ? small : large;
-  }
+  KLDIV_HD float teacher_excess() const { return where_small(small_excess(), teacher_log_ratio() - (p - q)); }
   KLDIV_HD Pair exchanged() const {
     Pair x = *this;
     x.p = q;
@@ -122,7 +130,9 @@ struct Pair<float> {
         excess(decay.excess),
         log_ratio(log_ratio) {}
 
-  KLDIV_HD bool is_small() const { return absolute(log_ratio) < 0.5f; }
+  KLDIV_HD float where_small(float small, float large) const {
+    return where_less(absolute(log_ratio), 0.5f, small, large);
+  }
   // p (e^-delta - 1 + delta), for |delta| < 1/2: relative error 8e-7
   KLDIV_HD float small_excess() const {
     return teacher_log_ratio() * (log_ratio * polynomial::horner(log_ratio, 0.49999996f, -0.166662801f, 0.0416674768f,

@@ -60,6 +60,8 @@ inline float reciprocal_approx(float x) { return emulation::reciprocal_approx(x)
 
 inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
 inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
+inline float where_less(float x, float y, float a, float b) { return x < y ? a : b; }
+inline float where_equal(float x, float y, float a, float b) { return x == y ? a : b; }
 
 inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(Bytes16) != 0) emulation::fail("a misaligned 16-byte access");
