@@ -38,8 +38,8 @@ def markdown(run: Run) -> str:
     device = next(device.name for device in DEVICES if device.architecture == SHOWN)
     caption = (
         f"{SHOWN}. Loads and stores of global memory, asynchronous copies from there and loads from shared memory are "
-        "instructions that move 16 bytes each. A phase's number is that of the instructions in its loop, those for "
-        "rare cases and for both gradients among them, per pair of logits. Blocks are those that a multiprocessor of "
+        "instructions that move 16 bytes each. A phase's number is that of the instructions per pair of logits on the "
+        "shortest way through its loop: without rare cases, labels, and sums and gradients not asked for. Blocks are those that a multiprocessor of "
         f"an {device} holds of the divergence that takes the most registers, for {vocabularies(run)} columns."
     )
     return f"{table(run, SHOWN)}\n\n{caption}\n\n{summary(run)}"
@@ -62,7 +62,7 @@ def table(run: Run, architecture: str) -> str:
 
 
 def numbers(record: Record) -> list[str]:
-    per_pair = {loop["phase"]: f"{loop['instructions'] / loop['pairs']:.0f}" for loop in record["loops"]}
+    per_pair = {x["phase"]: f"{x['instructions'] / x['pairs']:.0f}" for x in record["loops"] if x["instructions"]}
     counted = ("registers", "shared", "loads_16", "copies_16", "stores_16", "shared_loads_16", "spills")
     return [
         *(str(record[name]) for name in counted),

@@ -5,14 +5,14 @@ from the launch shapes of csrc/cuda/shapes.h and from what a device has.
 
 A row kernel has three hot loops, one for each phase of a row; of the divergences whose gradient needs no sum first
 there is another, for phases 2 and 3 in one, and of those whose loss phase 1 can give another one of it. Instructions
-per pair of logits are counted statically: all between a loop's first instruction and the branch back to it, over the
-pairs that an iteration takes, and those of a loop within it twice, because that takes half of them at a time. So rare
-branches are included, such as a new maximum, what a cross entropy adds and the teacher's gradient; what the compiler
-has moved out of the loop, calls among it, is not.
+per pair of logits are those of the shortest way through such a loop on which a group of pairs is read, has its
+exponentials computed and, where the loop stores, is stored: without what is rare, what a cross entropy adds, and what
+only a second gradient needs. What a row takes once, such as the exchange between its threads, is not in them.
 """
 
 import argparse
 import ctypes
+import heapq
 import importlib
 import importlib.util
 import os
@@ -81,6 +81,7 @@ class Instruction(NamedTuple):
     address: int
     opcode: str  # with what is set of it: LDG.E.EF.128
     target: int | None  # of a branch
+    conditional: bool  # whether a branch may not be taken
 
 
 ARCHITECTURE = re.compile(r"\s*(?:arch = |code for )(sm_\w+)$")
@@ -88,7 +89,7 @@ USAGE_OF = re.compile(r"\s*Function (\w+):$")
 USAGE = re.compile(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 CODE_OF = re.compile(r"\s*Function : (\w+)$")
 # /*0a30*/   @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;   /* the first half of its 16 bytes */
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
 
@@ -100,8 +101,10 @@ def parse(lines: Iterable[str]) -> list[Record]:
     codes: dict[tuple[str, str], list[Instruction]] = {}
     for line in lines:
         if found := INSTRUCTION.match(line):
-            target = TARGET.search(found[3]) if found[2].startswith("BRA") else None
-            code.append(Instruction(int(found[1], 16), found[2], int(target[1], 16) if target else None))
+            branch = found[3].startswith("BRA")
+            target = TARGET.search(found[4]) if branch else None
+            conditional = branch and (bool(found[2]) or "," in found[4])  # BRA P0, 0x10
+            code.append(Instruction(int(found[1], 16), found[3], int(target[1], 16) if target else None, conditional))
         elif found := ARCHITECTURE.match(line):
             architecture = found[1]
         elif found := USAGE_OF.match(line):
@@ -180,10 +183,12 @@ def kind(opcode: str) -> str:
     wide = {"LDG": "loads_16", "LDGSTS": "copies_16", "STG": "stores_16", "LDS": "shared_loads_16"}
     if "128" in modifiers and name in wide:
         return wide[name]
-    return {"LDL": "spills", "STL": "spills", "MUFU": "mufu"}.get(name, "")
+    if name == "MUFU" and "EX2" in modifiers:
+        return "exponentials"
+    return "spills" if name in ("LDL", "STL") else ""
 
 
-COUNTED = ("loads_16", "copies_16", "stores_16", "shared_loads_16", "spills", "mufu")
+COUNTED = ("loads_16", "copies_16", "stores_16", "shared_loads_16", "spills", "exponentials")
 
 
 def describe(record: Record, code: list[Instruction]) -> Record:
@@ -203,7 +208,6 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
     index = {instruction.address: i for i, instruction in enumerate(code)}
     spans = {(index[c.target], i) for i, c in enumerate(code) if c.target in index and c.target < c.address}
     found: list[tuple[int, int, Counter[str]]] = []
-    inner: dict[tuple[int, int], int] = {}  # instructions of the loops without loads in it
     for begin, end in sorted(spans, key=lambda span: span[1] - span[0]):
         # Code that was moved out of a loop and branches back into it spans others.
         if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
@@ -211,32 +215,73 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         counts = Counter(kind(instruction.opcode) for instruction in code[begin : end + 1])
         if pairs_of(counts, dtype) >= group:
             found.append((begin, end, counts))
-            within = {other for other in spans if begin < other[0] and other[1] < end}
-            innermost = {s for s in within if not any(s[0] <= o[0] and o[1] <= s[1] and o != s for o in within)}
-            inner[begin, end] = sum(last - first + 1 for first, last in innermost)
-    return phases(
-        [(end - begin + 1 + inner[begin, end], counts) for begin, end, counts in sorted(found, key=lambda f: f[0])],
-        dtype,
-    )
+    found.sort(key=lambda f: f[0])
+    loops = []
+    for (begin, end, counts), phase in zip(found, phases([counts["stores_16"] for *_, counts in found]), strict=True):
+        reads = "shared_loads_16" if counts["shared_loads_16"] else "loads_16"
+        needed = {reads: 2 * group * SCALAR_BYTES[dtype] // 16, "exponentials": 2 * group, "stores_16": 1}
+        needed = {name: min(count, counts[name]) for name, count in needed.items()}
+        loop = code[begin : end + 1]
+        # A loop within phase 1 is what a new base repeats; within others it takes half a group at a time.
+        shortest = shortest_way(loop, needed, set() if phase.startswith("1") else loops_within(loop))
+        loops.append({"phase": phase, "instructions": shortest, "pairs": group, "size": len(loop)})
+    return loops
 
 
 def pairs_of(counts: Counter[str], dtype: str) -> int:
-    """How many logits of each side an iteration takes: from shared memory where it reads that."""
+    """How many logits of each side a loop reads: from shared memory where it reads that."""
     return 16 * (counts["shared_loads_16"] or counts["loads_16"]) // (2 * SCALAR_BYTES[dtype])
 
 
-def phases(loops: list[tuple[int, Counter[str]]], dtype: str) -> list[Record]:
-    """Those that store nothing are phases 1 and 2, or the loss from phase 1 alone before them; what stores the most is
-    phase 3, gradients of both sides."""
-    most = max((counts["stores_16"] for _, counts in loops), default=0)
-    without = ["1", "2"] if sum(not counts["stores_16"] for _, counts in loops) < 3 else ["1 alone", "1", "2"]
-    named: list[Record] = []
-    for instructions, counts in loops:
-        stores = counts["stores_16"]
-        phase = ("3" if stores == most else "2+3") if stores else without.pop(0) if without else "2"
-        pairs = pairs_of(counts, dtype)
-        named.append({"phase": phase, "instructions": instructions, "pairs": pairs, "mufu": counts["mufu"]})
-    return named
+def loops_within(loop: list[Instruction]) -> set[int]:
+    """The places of the instructions that are in a loop within a loop."""
+    index = {instruction.address: i for i, instruction in enumerate(loop)}
+    spans = [range(index[c.target], i + 1) for i, c in enumerate(loop[:-1]) if c.target in index]
+    return {i for span in spans for i in span}
+
+
+def shortest_way(loop: list[Instruction], needed: dict[str, int], no_way: set[int]) -> int | None:
+    """The fewest instructions from the first to the last with as many as needed of each kind; None if there is none."""
+    index = {instruction.address: i for i, instruction in enumerate(loop)}
+    kinds = [kind(instruction.opcode) for instruction in loop]
+    ends = {i for i, c in enumerate(loop) if c.opcode.startswith("BRA")} | {len(loop) - 1}
+    ends |= {index[c.target] - 1 for c in loop if c.target in index}
+    last_of = {}  # a block's last instruction, by its first
+    begin = 0
+    for end in sorted(ends - {-1}):
+        last_of[begin] = end
+        begin = end + 1
+    missing = tuple(needed.values())
+    queue: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, missing)]
+    seen = set()
+    while queue:
+        length, begin, missing = heapq.heappop(queue)
+        if (begin, missing) in seen or begin in no_way:
+            continue
+        seen.add((begin, missing))
+        end = last_of[begin]
+        counts = Counter(kinds[begin : end + 1])
+        missing = tuple(max(m - counts[name], 0) for name, m in zip(needed, missing, strict=True))
+        length += end - begin + 1
+        if end == len(loop) - 1:
+            if not any(missing):
+                return length
+            continue
+        branch = loop[end]
+        follows = [] if branch.opcode == "BRA" and not branch.conditional else [end + 1]
+        if branch.target in index:
+            follows.append(index[branch.target])
+        for follow in follows:
+            heapq.heappush(queue, (length, follow, missing))
+    return None
+
+
+def phases(stores: list[int]) -> list[str]:
+    """By what each loop stores. Those that store nothing are phases 1 and 2, or the loss from phase 1 alone before
+    them; what stores the most is phase 3, gradients of both sides."""
+    most = max(stores, default=0)
+    without = ["1", "2"] if stores.count(0) < 3 else ["1 alone", "1", "2"]
+    return [("3" if n == most else "2+3") if n else without.pop(0) if without else "2" for n in stores]
 
 
 # ---------------------------------------------------------------- occupancy

@@ -144,6 +144,11 @@ struct Exchanged {
   {
     return divergence.is_balanced();
   }
+  void prepare()
+    requires requires { divergence.prepare(); }
+  {
+    divergence.prepare();
+  }
   template <typename T>
   KLDIV_HD T grad_q_shift() const {
     return divergence.template grad_p_shift<T>();
@@ -228,7 +233,6 @@ struct Shares {
 
   explicit Shares(double teacher) : teacher(teacher), student(1 - teacher) {}  // 1 - teacher not rounded to 0
 
-  // Whether BalancedPair will do.
   KLDIV_HD bool are_balanced() const { return teacher.in_float > 0.09f && student.in_float > 0.09f; }
 };
 
@@ -321,12 +325,17 @@ struct BalancedMixture {
 // Relative errors up to 3e-6, where shares are balanced.
 class NearPolynomials {
  public:
+  // On the host: microseconds, and so kept for the next call.
   template <typename Divergence>
-  static NearPolynomials of(const Divergence& divergence) {
-    NearPolynomials near;
-    near.term_ = through([&](double d) { return divergence.term(Pair<double>::of(d, std::exp(d), 1)) / (d * d); });
-    near.grad_q_ = through([&](double d) { return divergence.grad_q(Pair<double>::of(d, std::exp(d), 1)) / d; });
-    near.grad_p_ = through([&](double d) { return divergence.grad_p(Pair<double>::of(d, 1, std::exp(-d))) / d; });
+  static const NearPolynomials& of(const Divergence& divergence) {
+    thread_local double known = -1;
+    thread_local NearPolynomials near;
+    if (const double share = divergence.shares.teacher.in_double; share != known) {
+      near.term_ = through([&](double d) { return divergence.term(Pair<double>::of(d, std::exp(d), 1)) / (d * d); });
+      near.grad_q_ = through([&](double d) { return divergence.grad_q(Pair<double>::of(d, std::exp(d), 1)) / d; });
+      near.grad_p_ = through([&](double d) { return divergence.grad_p(Pair<double>::of(d, 1, std::exp(-d))) / d; });
+      known = share;
+    }
     return near;
   }
 
@@ -347,7 +356,7 @@ class NearPolynomials {
   static constexpr int kDegree = 7;
 
   struct Polynomial {
-    float c[kDegree + 1];
+    float c[kDegree + 1] = {};
 
     template <typename T>
     KLDIV_HD T operator()(T x) const {
@@ -396,8 +405,7 @@ struct JensenShannon {
         odds(beta / (1 - beta)),
         inverse_odds((1 - beta) / beta),
         shift_q((1 - beta) * std::log1p(-beta)),
-        shift_p(beta * std::log(beta)),
-        near(NearPolynomials::of(*this)) {}
+        shift_p(beta * std::log(beta)) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -445,7 +453,9 @@ struct JensenShannon {
     const Scalar<T> share = shares.teacher.as<T>() * static_cast<Scalar<T>>(-kLn2);
     return x.where_near(near.grad_p(x), BalancedMixture<T>(x, shares).above_teacher(x) * share);
   }
+  // Whether BalancedPair will do; prepare() has to come first.
   KLDIV_HD bool is_balanced() const { return shares.are_balanced(); }
+  void prepare() { near = NearPolynomials::of(*this); }
   // What the shifted derivatives have more, per q and per p.
   template <typename T>
   KLDIV_HD T grad_q_shift() const {
@@ -467,10 +477,7 @@ struct SkewForwardKL {
   NearPolynomials near;
 
   explicit SkewForwardKL(double skew)
-      : shares(skew),
-        limit(skew - 1 - std::log(skew)),
-        inverse_odds((1 - skew) / skew),
-        near(NearPolynomials::of(*this)) {}
+      : shares(skew), limit(skew - 1 - std::log(skew)), inverse_odds((1 - skew) / skew) {}
 
   template <typename T>
   KLDIV_HD T term(const Pair<T>& x) const {
@@ -518,7 +525,9 @@ struct SkewForwardKL {
     const T log_ratio = BalancedMixture<T>(x, shares).above_teacher(x) * static_cast<Scalar<T>>(-kLn2);
     return x.where_near(near.grad_p(x), one_minus_teacher(x) * shares.teacher.as<T>() + log_ratio);
   }
+  // Whether BalancedPair will do; prepare() has to come first.
   KLDIV_HD bool is_balanced() const { return shares.are_balanced(); }
+  void prepare() { near = NearPolynomials::of(*this); }
   template <typename T>
   KLDIV_HD T grad_q_shift() const {
     return -shares.student.as<T>();

@@ -328,9 +328,7 @@ def test_student_close_to_teacher(kernels: harness.Kernels, divergence: str, par
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parameter", [1e-6, 0.05, 0.0901, 0.1, 0.3, 0.5, 0.7, 0.909, 0.95])
 @pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
-def test_shares_of_a_mixture(
-    kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype
-) -> None:
+def test_shares_of_a_mixture(kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
     """Formulas for balanced shares and for any, on both sides of where they meet, near rows and far ones."""
     for gap in (1e-2, 0.3, 1.0, 2.0, 10.0):
         student, teacher = logits(4, 600, dtype, gap)

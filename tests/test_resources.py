@@ -125,18 +125,66 @@ def test_instructions_are_counted() -> None:
         "stores_16": 3,
         "shared_loads_16": 1,
         "spills": 1,
-        "mufu": 1,
+        "exponentials": 1,
     }
 
 
 def test_hot_loops() -> None:
     """Neither a shuffle's loop, nor that of one side alone, nor the one over rows, nor what code moved away closes."""
     assert records()[0]["loops"] == [
-        {"phase": "1", "instructions": 5, "pairs": 8, "mufu": 1},
-        {"phase": "2", "instructions": 3, "pairs": 8, "mufu": 0},
-        {"phase": "2+3", "instructions": 4, "pairs": 8, "mufu": 0},
-        {"phase": "3", "instructions": 5, "pairs": 8, "mufu": 0},
+        {"phase": "1", "instructions": 5, "pairs": 8, "size": 5},
+        {"phase": "2", "instructions": 3, "pairs": 8, "size": 3},
+        {"phase": "2+3", "instructions": 4, "pairs": 8, "size": 4},
+        {"phase": "3", "instructions": 5, "pairs": 8, "size": 5},
     ]
+
+
+def code(*lines: str) -> list[resources.Instruction]:
+    """Of a kernel, each instruction at 16 times its number."""
+    text = "".join(f"        /*{16 * i:04x}*/    {line} ;\n" for i, line in enumerate(lines))
+    kernel = HEADER.format("sm_90", FORWARD_KL, 1, 0) + CODE[: CODE.index("        /*0000*/")] + text
+    found: list[resources.Instruction] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "describe", lambda _record, instructions: found.extend(instructions) or {})
+        resources.parse(kernel.splitlines(keepends=True))
+    return found
+
+
+BRANCHES = (
+    "LDS.128 R4, [R2]",  # 0x00
+    "@P0 BRA 0x50",  # past what is rare
+    "FADD R1, R1, R1",
+    "FADD R1, R1, R1",
+    "FADD R1, R1, R1",
+    "BRA P1, 0x90",  # 0x50: the long form of it
+    "MUFU.EX2 R4, R4",
+    "MUFU.EX2 R4, R4",
+    "BRA 0xd0",
+    "FADD R1, R1, R1",  # 0x90
+    "MUFU.EX2 R4, R4",
+    "MUFU.EX2 R4, R4",
+    "@!P0 BRA 0xa0",  # half of it at a time
+    "@!P1 BRA 0x0",  # 0xd0
+)
+
+
+def test_shortest_way() -> None:
+    """Past what is rare, but not past what is needed."""
+    loop = code(*BRANCHES)
+    assert [c.conditional for c in loop if c.target is not None] == [True, True, False, True, True]
+    assert resources.loops_within(loop) == {10, 11, 12}
+    for exponentials, expected in ((0, 7), (2, 7), (3, 11), (4, 11), (5, 14)):
+        needed = {"shared_loads_16": 1, "exponentials": exponentials}
+        assert resources.shortest_way(loop, needed, set()) == expected, exponentials
+    needed = {"shared_loads_16": 1, "exponentials": 3}
+    assert resources.shortest_way(loop, needed, resources.loops_within(loop)) is None
+    assert resources.shortest_way(loop, {"stores_16": 1}, set()) is None
+
+
+def test_phases() -> None:
+    assert resources.phases([0, 0, 0, 2, 4]) == ["1 alone", "1", "2", "2+3", "3"]
+    assert resources.phases([0, 0, 2]) == ["1", "2", "3"]
+    assert resources.phases([]) == []
 
 
 def test_pairs_of_loops() -> None:

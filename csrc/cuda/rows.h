@@ -345,8 +345,9 @@ constexpr bool kHasResident = requires { typename Side::scalar_t; } && sizeof(ty
 template <typename Side>
 void launch_rows(const DistillationArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
-  dispatch_divergence(args.divergence, args.parameter, [&](const auto& divergence) {
-    using Divergence = std::decay_t<decltype(divergence)>;
+  dispatch_divergence(args.divergence, args.parameter, [&](auto divergence) {
+    using Divergence = decltype(divergence);
+    if constexpr (HasBalanced<Divergence, acc_t>) divergence.prepare();
     const Scaling<acc_t> scaling(args);  // quotients are made here: many GPUs are slow in double
     if constexpr (kHasResident<Side>) {
       if (args.row_loss) {  // a backward of its own reads a row but once as it is
