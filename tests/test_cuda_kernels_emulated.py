@@ -497,8 +497,8 @@ def test_shapes_of_resident_rows(kernels: harness.Kernels, monkeypatch: pytest.M
     """Blocks per cluster for real vocabularies; as many clusters as fit, however many rows there are."""
     kernels.set_device(**H200)  # type: ignore[arg-type]
     clusters = {
-        torch.bfloat16: {1024: 0, 1025: 1, 12_288: 1, 32_000: 2, 50_257: 4, 128_256: 8, 151_936: 8, 262_144: 16},
-        torch.float32: {4096: 1, 32_000: 4, 50_257: 8, 128_256: 16, 151_936: 16, 262_144: 16, 500_000: 0},
+        torch.bfloat16: {1024: 0, 1025: 1, 26_000: 1, 32_000: 2, 50_257: 2, 128_256: 5, 151_936: 6, 262_144: 16},
+        torch.float32: {4096: 1, 32_000: 3, 50_257: 5, 128_256: 16, 151_936: 16, 262_144: 16, 500_000: 0},
     }
     for dtype, expected in clusters.items():
         for columns, cluster in expected.items():
@@ -506,9 +506,9 @@ def test_shapes_of_resident_rows(kernels: harness.Kernels, monkeypatch: pytest.M
             assert per_cluster * (blocks > 0) == cluster, (dtype, columns, per_cluster)
             if cluster == 0:
                 continue
-            assert threads == (128 if columns <= 4096 else 256) and blocks % cluster == 0
+            assert threads in (128, 160, 256) and blocks % cluster == 0
             assert shared * cluster >= 2 * columns * dtype.itemsize
-            assert 132 - cluster < blocks <= 132 * 2
+            assert 132 - cluster < blocks <= 132 * 2  # as many as the emulated device says that it holds
             assert kernels.resident_shape(1, columns, dtype) == (cluster, threads, cluster, shared)
     kernels.set_device(**RTX_5090)  # type: ignore[arg-type]
     sizes = {1032: 1, 32_000: 4, 128_256: 8, 262_144: 0}
@@ -538,12 +538,11 @@ def test_launches_fit_their_devices(kernels: harness.Kernels, device: resources.
     names = (resources.STREAMED, resources.RESIDENT) if device.clusters else (resources.STREAMED,)
     assert {launch.kernel for launch in launches} == {*names}
     for launch in launches:
-        reserved = 14 * 1024 if launch.kernel == resources.RESIDENT else 4 * 1024
-        shared = launch.dynamic_shared + reserved
+        shared = launch.dynamic_shared + (0 if launch.kernel == resources.RESIDENT else 4 * 1024)
         blocks = resources.blocks_per_multiprocessor(device, launch.threads, 128, shared)
         assert blocks >= 1, launch
-        if (device.name, launch.dtype, launch.threads) == ("H200", "bfloat16", 256):
-            assert blocks == 2, launch
+        if (device.name, launch.dtype) == ("H200", "bfloat16"):
+            assert blocks == {160: 3, 256: 2, 512: 1}[launch.threads], launch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

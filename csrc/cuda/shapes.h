@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "groups.h"
+#include "team.h"
 
 namespace kldiv::cuda {
 
@@ -53,29 +54,35 @@ RowShape row_shape(int64_t rows, int64_t columns) {
 // ---------------------------------------------------------------- rows that stay on the chip
 
 // The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
+// Those come first that have few threads for a row: what each does but once for it, an exchange above all, is then the
+// least.
 struct ClusterRule {
-  int64_t columns;  // for rows of up to so many columns
   int blocks, threads;
   int per_multiprocessor;  // so many blocks must fit: while one waits the others compute
 };
 constexpr ClusterRule kClusterRules[] = {
-    {4096, 1, 128, 4},        // nobody to wait for, and more rows under way where each is a few groups per thread
-    {INT64_MAX, 1, 256, 2},   // nobody to wait for
-    {INT64_MAX, 2, 256, 2},   //
-    {INT64_MAX, 4, 256, 2},   //
-    {INT64_MAX, 8, 256, 2},   // the largest cluster that all devices with clusters have
-    {INT64_MAX, 16, 256, 2},  // what data centres' GPUs have besides
-    {INT64_MAX, 8, 256, 1},   // nobody computes while it waits, but the next row is fetched during this one's last pass
-    {INT64_MAX, 16, 256, 1},  // likewise; longer rows are streamed
+    {1, 128, 4},   // nobody to wait for
+    {1, 160, 3},   //
+    {1, 256, 2},   //
+    {2, 160, 3},   // from here on a row waits for its slowest block
+    {2, 256, 2},   //
+    {3, 256, 2},   //
+    {4, 256, 2},   //
+    {5, 256, 2},   //
+    {6, 256, 2},   //
+    {7, 256, 2},   //
+    {8, 256, 2},   // the largest cluster that all devices with clusters have
+    {16, 256, 2},  // what data centres' GPUs have besides; of sizes between fewer fit a part of such a GPU
+    {8, 256, 1},   // nobody computes while it waits, but the next row is fetched during this one's last pass
+    {16, 256, 1},  // likewise; longer rows are streamed
 };
-// With 512 threads on a multiprocessor each has 128 registers; eight warps, so that a cluster's partial results fit
-// team.h's kMaxWarps.
+// With 512 threads on a multiprocessor each has 128 registers.
 constexpr int kMaxClusterThreads = 256;
 constexpr int kClusterBlocksPerMultiprocessor = 2;
 // Below that a row's few groups per thread are still in the L1 cache when they are read again.
 constexpr int64_t kMinResidentColumns = 1025;
-// Of a block's shared memory, for partial results and what CUDA takes itself.
-constexpr size_t kReservedBytes = 15 * 1024;
+// Of a block's shared memory, what CUDA takes itself.
+constexpr size_t kReservedBytes = 1024;
 
 // A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the
 // number of clusters that the device runs at a time, is not 0. No blocks where there is none, or where the
@@ -88,9 +95,10 @@ device::Shape resident_shape(const device::Properties& device, int64_t rows, int
   const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>;
   for (const ClusterRule& rule : kClusterRules) {
     const int64_t per_step = rule.blocks * rule.threads, steps = (groups + per_step - 1) / per_step;
-    const size_t bytes = steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
+    const size_t bytes = exchange_bytes(static_cast<int>(per_step / device::kWarp)) +
+                         steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
     const bool fits = rule.per_multiprocessor * (bytes + kReservedBytes) <= device.shared_bytes_per_block;
-    if (columns > rule.columns || !fits) continue;
+    if (!fits) continue;
     device::Shape shape{rule.blocks, rule.threads, rule.blocks, bytes};
     const int64_t clusters = active(shape);
     if (clusters == 0) continue;

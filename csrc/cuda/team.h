@@ -34,9 +34,12 @@ struct Max {
   }
 };
 
-// The warps of a block at most, and of all blocks of a cluster.
-template <bool kCluster>
-constexpr int kMaxWarps = kCluster ? 16 * 8 : 1024 / device::kWarp;
+constexpr int kMaxBlockWarps = 1024 / device::kWarp;
+
+// What a block of a cluster needs of its dynamic shared memory, at its beginning, to exchange values of up to
+// kMaxValueBytes with all `warps` of the cluster.
+constexpr int kMaxValueBytes = 48;
+KLDIV_HD constexpr size_t exchange_bytes(int warps) { return 2 * static_cast<size_t>(warps) * kMaxValueBytes; }
 
 // A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or, with kCluster, the blocks of a
 // cluster. Like a block, all of it goes through a row together.
@@ -75,9 +78,9 @@ class Team {
  private:
   template <typename Value, typename OverLanes>
   KLDIV_DEVICE Value over_warps(const Value& of_warp, const OverLanes& over_lanes) {
-    Value* const room = rooms<Value>() + turn_ * kMaxWarps<kCluster>;
+    const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp, all_warps = blocks_ * warps;
+    Value* const room = this->room<Value>(all_warps);
     turn_ = 1 - turn_;
-    const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp;
     Value* const mine = room + rank_ * warps + device::thread() / device::kWarp;
     if constexpr (kCluster) {
       if (lane < blocks_) *device::of_peer(mine, lane) = of_warp;
@@ -86,18 +89,22 @@ class Team {
       if (lane == 0) *mine = of_warp;
       device::barrier();
     }
-    const int all_warps = blocks_ * warps;
     Value value = lane < all_warps ? room[lane] : Value{};
     KLDIV_NO_UNROLL
     for (int i = lane + device::kWarp; i < all_warps; i += device::kWarp) value = over_lanes.two(value, room[i]);
     return over_lanes(value, device::kWarp);
   }
 
-  // Two, in turn: who fills one has passed the barrier that came after the last look into it.
+  // Of two, in turn: who fills one has passed the barrier that came after the last look into it.
   template <typename Value>
-  KLDIV_DEVICE static Value* rooms() {
-    KLDIV_SHARED(Value, rooms, 2 * kMaxWarps<kCluster>);
-    return rooms;
+  KLDIV_DEVICE Value* room(int warps) {
+    if constexpr (kCluster) {
+      static_assert(sizeof(Value) <= kMaxValueBytes);
+      return reinterpret_cast<Value*>(device::dynamic_shared() + turn_ * (exchange_bytes(warps) / 2));
+    } else {
+      KLDIV_SHARED(Value, rooms, 2 * kMaxBlockWarps);
+      return rooms + turn_ * kMaxBlockWarps;
+    }
   }
 
   KLDIV_DEVICE int per_block() const { return device::threads() / width_; }

@@ -115,8 +115,9 @@ class Resident {
   KLDIV_DEVICE Places<acc_t> places() const { return {static_cast<uint32_t>(args_.columns), team_}; }
 
   // Threads side by side in each step of 16 bytes.
-  KLDIV_DEVICE static unsigned char* first_slot() {
-    return device::dynamic_shared() + device::thread() * sizeof(Bytes16);
+  KLDIV_DEVICE unsigned char* first_slot() const {
+    return device::dynamic_shared() + exchange_bytes(team_.threads() / device::kWarp) +
+           device::thread() * sizeof(Bytes16);
   }
   KLDIV_DEVICE static int slot_step() { return 2 * kPieces * piece_bytes(); }
   KLDIV_DEVICE static int piece_bytes() { return device::threads() * static_cast<int>(sizeof(Bytes16)); }

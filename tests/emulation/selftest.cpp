@@ -403,7 +403,7 @@ struct Case {
 // Kernels whose only fault is where they run.
 KLDIV_KERNEL(1024, 1) nothing_wrong(double* out) { out[index()] = 1; }
 
-constexpr Shape kFours = {8, kThreads, 4};
+constexpr Shape kFours = {8, kThreads, 4, cuda::exchange_bytes(4 * kThreads / device::kWarp)};
 constexpr double of_two_sums(int threads) { return 1.0 * threads * threads + threads * (threads - 1) / 2; }
 constexpr Shape kPairs = {6, kThreads, 2, 2 * kRoomBytes}, kTriples = {6, kThreads, 3, kRoomBytes};
 constexpr Shape kWithRoom = {2, kThreads, 1, 4 * kRoomBytes};
