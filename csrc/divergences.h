@@ -701,8 +701,8 @@ struct PointwiseKL {
   }
   template <typename T>
   KLDIV_HD static T term(T input, T target) {  // p (log p - input)
-    const T p = probability(target);
-    return p == 0 ? T{} : p * (log_probability(target) - input);
+    const T p = probability(target), log_p = kLogTarget ? target : log_in_product(target);
+    return where_equal(p, T{}, T{}, p * (log_p - input));
   }
   template <typename T>
   KLDIV_HD static T grad_input(T, T target) {

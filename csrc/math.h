@@ -318,5 +318,11 @@ KLDIV_HD T log(T x) {
   return x > 0 && x < infinity<T>() ? value : special;
 }
 
+// log(x) of what is multiplied with x, so that below the normal numbers digits do not matter.
+template <typename T>
+KLDIV_HD T log_in_product(T x) {
+  return log(x);
+}
+
 }  // namespace KLDIV_ISA
 }  // namespace kldiv

@@ -79,6 +79,11 @@ struct Log1p<float> {
   }
 };
 
+template <>
+KLDIV_HD float log_in_product(float x) {
+  return maximum(Log1p<float>(x - 1, x).value, -104.0f);  // -inf of a subnormal number
+}
+
 // With p and q at an instruction each, what they differ by is taken from them wherever it is not small, and nothing has
 // to be seen from the larger one.
 template <>
