@@ -13,6 +13,9 @@
 // g_q less that constant times q, which the Jacobian does not see. Likewise grad_p_shifted(), asked for through
 // Exchanged.
 //
+// Divergences of a mixture have their formulas a second time, of a BalancedPair: fewer instructions where all that the
+// first ones guard against cannot be. A GPU, whose threads are short of them, takes these where it may.
+//
 // To add a divergence: a struct below, a row in KLDIV_DIVERGENCES, a formula in kldiv_ext/reference.py and a
 // line in the README's table.
 #pragma once
@@ -526,7 +529,8 @@ struct SkewForwardKL {
     return x.where_near(near.grad_p(x), one_minus_teacher(x) * shares.teacher.as<T>() + log_ratio);
   }
   // Whether BalancedPair will do; prepare() has to come first.
-  KLDIV_HD bool is_balanced() const { return shares.are_balanced(); }
+  // Of less than a quarter of q the mixture is so close to p that digits cancel where they are far apart.
+  KLDIV_HD bool is_balanced() const { return shares.are_balanced() && shares.student.in_float >= 0.25f; }
   void prepare() { near = NearPolynomials::of(*this); }
   template <typename T>
   KLDIV_HD T grad_q_shift() const {

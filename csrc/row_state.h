@@ -8,7 +8,8 @@
 namespace kldiv {
 inline namespace KLDIV_ISA {
 
-// sum of e^{(x - max) / T} over part of a row; max is in logits. Where all is -inf, max is, and sum means nothing.
+// sum of e^{(x - max) / T} over part of a row; max is in logits. Where all is -inf, max is, and sum means nothing. On a
+// GPU max is one of the largest logits, not always the largest: see ThreadState.
 template <typename acc_t>
 struct LogSumExp {
   acc_t max = static_cast<acc_t>(-__builtin_inff());
@@ -201,10 +202,10 @@ KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x, Bool shift
   return divergence.grad_q(x);
 }
 
-// The column where one side is largest: how far the other one's log-probability is above this one's, and the derivative
-// of the divergence there per unit of this side's probability, `slope`. Every column's derivative is taken less slope
-// times its probability. The softmax Jacobian does not see that; but where a row is sure of its choice, what is left is
-// all of the gradient, and would be rounded away beside what is taken off.
+// The column where one side has its max: how far the other one's log-probability is above this one's, and the
+// derivative of the divergence there per unit of this side's probability, `slope`. Every column's derivative is taken
+// less slope times its probability. The softmax Jacobian does not see that; but where a row is sure of its choice, what
+// is left is all of the gradient, and would be rounded away beside what is taken off.
 template <typename acc_t>
 struct Reference {
   static constexpr acc_t kFar = 2.5;  // log 12

@@ -341,6 +341,21 @@ def test_shares_of_a_mixture(kernels: harness.Kernels, divergence: str, paramete
         torch.testing.assert_close(alone["row_loss"].double(), losses, rtol=1e-5 if gap > 0.1 else 1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("parameter", [0.0901, 0.1, 0.3, 0.5, 0.7, 0.74, 0.76, 0.9, 0.909])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_columns_that_all_differ_as_much(kernels: harness.Kernels, divergence: str, parameter: float) -> None:
+    """So that no column's error makes up for another's."""
+    student = 2 * torch.randn(16, 400, dtype=torch.float64)
+    apart = torch.linspace(0.2, 2.0, 16, dtype=torch.float64)[:, None] * torch.where(torch.arange(400) % 2 == 0, 1, -1)
+    teacher = (student + apart / 2).float()
+    student = (student - apart / 2).float()
+    losses, grad_student, grad_teacher = oracle(student, teacher, divergence, parameter)
+    out = kernels.distillation(student, teacher, divergence, parameter, grad_student=True, grad_teacher=True)
+    torch.testing.assert_close(out["row_loss"].double(), losses, rtol=1e-5, atol=0)
+    assert_gradient(out["grad_student"], grad_student)
+    assert_gradient(out["grad_teacher"], grad_teacher)
+
+
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
@@ -453,6 +468,61 @@ def test_sure_rows_that_are_long(
         torch.testing.assert_close(loss.double(), losses, rtol=1e-5, atol=1e-10)
     error = (out["grad_student"].double() - grad_student).norm(dim=-1)
     assert (error <= {torch.float32: 1e-3, torch.bfloat16: 4e-3}[dtype] * grad_student.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_masked_columns(kernels: harness.Kernels, divergence: str, dtype: torch.dtype) -> None:
+    """What excludes a column is any number far below the rest, and a thread may come upon that rest late."""
+    for columns, mask in itertools.product((64, 1500), (-1e4, -6e4, -1e9, torch.finfo(dtype).min, -torch.inf)):
+        if mask < torch.finfo(dtype).min and mask != -torch.inf:
+            continue
+        student, teacher = logits(3, columns, dtype)
+        for excluded in (slice(0, columns // 2), slice(columns // 2, None), slice(0, columns - 1)):
+            s, t = student.clone(), teacher.clone()
+            s[:, excluded] = t[:, excluded] = mask
+            s[2], t[2] = student[2], teacher[2]
+            s[2, excluded] = mask  # in one side alone
+            rows = slice(0, 3 if mask > -1e30 else 2)  # beyond, the divergence is no float
+            losses, grad_student, _ = oracle(s[rows], t[rows], divergence, 0.5)
+            out = kernels.distillation(s, t, divergence, 0.5, grad_student=True)
+            alone = kernels.distillation(s, t, divergence, 0.5, wanted=(False, False))
+            tolerance = LOSS_TOLERANCE[harness.accumulation_dtype(student)]
+            for loss in (out["row_loss"], alone["row_loss"]):
+                torch.testing.assert_close(loss[rows].double(), losses, rtol=tolerance, atol=1e-9)
+            assert_gradient(out["grad_student"][rows], grad_student.nan_to_num(0))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0, 10.0])
+def test_cross_entropy_of_sure_rows(kernels: harness.Kernels, temperature: float) -> None:
+    """To the digits of the probabilities beside the label's, whatever the soft part is relative to."""
+    columns = 3000
+    student, teacher = (torch.full([64, columns], -60.0 * temperature, dtype=torch.float32) for _ in range(2))
+    above = torch.linspace(-3, 5.4, 64) * temperature
+    student[:, 0] = teacher[:, 0] = 0
+    student[:, 2048] = above
+    labels = torch.full([64], 2048)
+    arguments = {"hard_scale": 1.0, "scale": 1.0, "labels": labels, "temperature": temperature}
+    exact = torch.nn.functional.cross_entropy(student.double(), labels, reduction="none")
+    soft, _, _ = oracle(student, teacher, "forward_kl", 0.0, temperature)
+    out = kernels.distillation(student, teacher, **arguments)
+    torch.testing.assert_close(out["row_loss"].double(), exact + soft, rtol=1e-5, atol=1.2e-7)
+    alone = kernels.distillation(student, teacher, "", **{**arguments, "scale": 0.0})
+    torch.testing.assert_close(alone["row_loss"].double(), exact, rtol=1e-6, atol=1.2e-7)
+    assert (alone["row_loss"] >= 0).all()
+    stats = kernels.token_stats(student, teacher, labels, torch.ones(64))
+    expected = reference.token_stats(student, teacher, labels)
+    torch.testing.assert_close(stats[:, 2].double(), expected[2].double(), rtol=1e-5, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_number_makes_it_loop(kernels: harness.Kernels, dtype: torch.dtype) -> None:
+    """Python refuses a negative temperature; a kernel that is given one comes to an end."""
+    student, teacher = logits(2, 300, dtype)
+    for temperature in (-1.0, torch.nan, torch.inf, 0.0):
+        kernels.distillation(
+            100 * student, 100 * teacher, "jsd", 0.5, grad_student=True, temperature=temperature or 1e-38
+        )
 
 
 def test_infinities_and_nan(kernels: harness.Kernels) -> None:

@@ -7,8 +7,9 @@
 
 namespace kldiv::cuda {
 
-// In place of a divergence: no terms in phase 1.
+// In place of a divergence: no terms in phase 1; and for bases that are the maxima.
 struct NoTerms {};
+struct Maxima {};
 
 // Phase 1 of one thread's groups. What it gives as each side's maximum is a base: one of the row's logits, to which the
 // sums are relative, and which the largest one is only so far above that the sums tell it. So nobody has to look for
@@ -16,18 +17,24 @@ struct NoTerms {};
 template <typename acc_t, typename Terms, typename Narrow>
 class ThreadState {
  public:
-  // `references`: whether somebody needs what is beside the bases.
-  KLDIV_DEVICE ThreadState(const Terms& terms, bool references) : terms_(terms), references_(references) {}
+  // `least` has the bases to begin with, and no sums. `references`: whether somebody needs what is beside the bases.
+  KLDIV_DEVICE ThreadState(const Terms& terms, const RowState<acc_t>& least, bool references)
+      : terms_(terms),
+        references_(references),
+        state_(least),
+        teacher_offset_(least.teacher.offset()),
+        student_offset_(least.student.offset()) {}
 
   KLDIV_DEVICE void add(const Groups<acc_t>& group, acc_t inverse_temperature) {
-    bool behind = state_.teacher.max == -infinity<acc_t>() || state_.student.max == -infinity<acc_t>();
+    bool behind = is_behind(group), again;
     GroupSums sums;
     KLDIV_NO_UNROLL
     do {
       if (behind) rebase(group, inverse_temperature);
       sums = GroupSums(group, *this, inverse_temperature);
-      behind = sums.teacher > kAhead || sums.student > kAhead;
-    } while (behind);
+      again = !behind && (sums.teacher > kAhead || sums.student > kAhead);
+      behind = true;
+    } while (again);
     state_.teacher.sum += sums.teacher;
     state_.student.sum += sums.student;
     state_.difference += sums.difference;
@@ -71,6 +78,16 @@ class ThreadState {
     }
   };
 
+  // Whether that is known before the sums are: where there is no base yet. In double an exponential that overflows is
+  // anything, and the bases are the maxima.
+  KLDIV_DEVICE bool is_behind(const Groups<acc_t>& group) const {
+    if constexpr (kIsFloat<acc_t> && !std::is_same_v<Terms, Maxima>) {
+      return state_.teacher.max == -infinity<acc_t>() || state_.student.max == -infinity<acc_t>();
+    } else {
+      return largest(group.teacher) > state_.teacher.max || largest(group.student) > state_.student.max;
+    }
+  }
+
   // Raises the bases to the group's largest logits, where these are larger.
   KLDIV_DEVICE void rebase(const Groups<acc_t>& group, acc_t inverse_temperature) {
     RowState<acc_t> of_group;
@@ -105,7 +122,7 @@ class ThreadState {
   const Terms& terms_;
   const bool references_;
   RowState<acc_t> state_;
-  acc_t teacher_offset_ = 0, student_offset_ = 0;
+  acc_t teacher_offset_, student_offset_;
 };
 
 // The states of all lanes, to each of `width`: first the bases, so that each rescales its sums but once.

@@ -21,14 +21,15 @@ class RowReader {
       : logits_(args), scaling_(scaling), team_(team), walk_(args, scaling, team) {}
 
  protected:
-  // Phase 1; with the terms of a divergence, or NoTerms. `references`: whether what is beside the bases is asked for.
+  // Phase 1; with the terms of a divergence, or NoTerms, and bases not below `least`. `references`: whether what is
+  // beside the bases is asked for.
   template <typename Terms>
-  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, bool references, bool hard,
-                                     const Terms& terms) {
+  KLDIV_DEVICE RowState<acc_t> state(const Side& teacher, const Side& student, const RowState<acc_t>& least,
+                                     bool references, bool hard, const Terms& terms) {
     const acc_t hard_inverse_temperature = scaling_.hard_inverse_temperature;
     const bool one_temperature = scaling_.inverse_temperature == hard_inverse_temperature;
     const bool apart = hard && !one_temperature;
-    ThreadState<acc_t, Terms, Narrow> thread(terms, references);
+    ThreadState<acc_t, Terms, Narrow> thread(terms, least, references);
     LogSumExp<acc_t> of_hard;
     walk_.template walk<Pass::kFirst>(teacher, student, false, [&](const auto& group, const Place&) {
       thread.add(group, scaling_.inverse_temperature);
@@ -117,13 +118,18 @@ class RowDistillation : RowReader<Walk> {
     }
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
-    RowState<acc_t> state;
+    RowState<acc_t> least, state;
+    if (forward && labelled) {
+      // Nothing of the cross entropy cancels if the label's logit is not above what all is relative to.
+      least.teacher.max = least.beside_student_max = teacher.logit(label);
+      least.student.max = least.beside_teacher_max = student.logit(label);
+    }
     const bool references = needs_sums_of_gradients();
     bool one_pass = OnePass<Divergence> && forward && !gradients && !references;
     if constexpr (OnePass<Divergence>) {
-      if (one_pass) state = this->state(teacher, student, false, labelled, divergence_);
+      if (one_pass) state = this->state(teacher, student, least, false, labelled, divergence_);
     }
-    if (forward && !one_pass) state = this->state(teacher, student, references, labelled, NoTerms());
+    if (forward && !one_pass) state = this->state(teacher, student, least, references, labelled, NoTerms());
     RowConstants<acc_t> constants;
     if (forward) {
       constants =
@@ -256,7 +262,7 @@ class RowTokenStats : RowReader<Walk> {
       return;
     }
     const Side teacher(args_.teacher, scaling_.teacher, row), student(args_.student, scaling_.student, row);
-    const RowConstants<acc_t> constants(state(teacher, student, false, false, NoTerms()));
+    const RowConstants<acc_t> constants(state(teacher, student, {}, false, false, Maxima()));
     Part mine;
     walk_.template walk<Pass::kLast>(teacher, student, true, [&](const auto& group, const Place& place) {
       mine = mine + part(group, constants, place);
@@ -311,9 +317,16 @@ class RowTokenStats : RowReader<Walk> {
   const TokenStatsArgs& args_;
 };
 
+// Whether a side is DenseSide in float.
+template <typename Side>
+constexpr bool kIsFast = requires { typename Side::scalar_t; } && kIsFloat<typename Side::acc_t>;
+
+template <typename Side>
+constexpr int max_row_threads = kIsFast<Side> ? kMaxRowThreads : kMaxSlowRowThreads;
+
 // `width` threads of a block share a row: part of a warp, or all.
 template <typename Side, typename Divergence>
-KLDIV_KERNEL(max_row_threads<typename Side::acc_t>, 1)
+KLDIV_KERNEL(max_row_threads<Side>, 1)
 distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
             KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width) {
   Team<false> team(width);
@@ -332,14 +345,11 @@ distil_resident_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Diverg
 }
 
 template <typename Side>
-KLDIV_KERNEL(max_row_threads<typename Side::acc_t>, 1)
+KLDIV_KERNEL(max_row_threads<Side>, 1)
 stats_of_rows(KLDIV_ARGUMENT TokenStatsArgs args, KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width) {
   Team<false> team(width);
   RowTokenStats<Streamed<Side>>(args, scaling, team)();
 }
-
-template <typename Side>
-constexpr bool kHasResident = requires { typename Side::scalar_t; } && sizeof(typename Side::acc_t) == sizeof(float);
 
 // Host side, for one kind of Side.
 template <typename Side>
@@ -349,7 +359,7 @@ void launch_rows(const DistillationArgs& args, void* stream) {
     using Divergence = decltype(divergence);
     if constexpr (HasBalanced<Divergence, acc_t>) divergence.prepare();
     const Scaling<acc_t> scaling(args);  // quotients are made here: many GPUs are slow in double
-    if constexpr (kHasResident<Side>) {
+    if constexpr (kIsFast<Side>) {
       if (args.row_loss) {  // a backward of its own reads a row but once as it is
         const auto kernel = distil_resident_rows<Side, Divergence>;
         const auto active = [&](const device::Shape& shape) { return device::active_clusters(kernel, shape); };
@@ -358,7 +368,7 @@ void launch_rows(const DistillationArgs& args, void* stream) {
         if (shape.blocks > 0) return device::launch(kernel, shape, stream, args, divergence, scaling);
       }
     }
-    const RowShape streamed = row_shape<acc_t>(args.rows, args.columns);
+    const RowShape streamed = row_shape(args.rows, args.columns, max_row_threads<Side>);
     device::launch(distil_rows<Side, Divergence>, streamed.shape, stream, args, divergence, scaling, streamed.width);
   });
 }
@@ -366,7 +376,7 @@ void launch_rows(const DistillationArgs& args, void* stream) {
 template <typename Side>
 void launch_stats(const TokenStatsArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
-  const RowShape shape = row_shape<acc_t>(args.rows, args.columns);
+  const RowShape shape = row_shape(args.rows, args.columns, max_row_threads<Side>);
   device::launch(stats_of_rows<Side>, shape.shape, stream, args, Scaling<acc_t>(args), shape.width);
 }
 

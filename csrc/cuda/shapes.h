@@ -27,9 +27,9 @@ constexpr RowRule kRowRules[] = {
     {INT64_MAX, 512},  // one does: fewer rows at a time, more of each still in the L2 cache when it is read again
 };
 // Each quarter of a multiprocessor has 16384 registers for its warps. In float 512 threads leave each 128, and no
-// kernel spills; up to 640 would leave 96, and some would. In double each needs twice as many.
-template <typename acc_t>
-constexpr int max_row_threads = sizeof(acc_t) == sizeof(float) ? 512 : 256;
+// kernel for dense logits spills; up to 640 would leave 96, and some would. In double each needs twice as many, and
+// some more than 128 where logits may be of any kind.
+constexpr int kMaxRowThreads = 512, kMaxSlowRowThreads = 256;
 
 // Rows that share a warp come several to a block: a multiprocessor takes no more than 32 blocks.
 constexpr int kSharedBlockThreads = 128;
@@ -41,11 +41,10 @@ struct RowShape {
   int width;
 };
 
-template <typename acc_t>
-RowShape row_shape(int64_t rows, int64_t columns) {
+inline RowShape row_shape(int64_t rows, int64_t columns, int max_threads) {
   int i = 0;
   while (columns > kRowRules[i].columns) ++i;
-  const int width = kRowRules[i].width < max_row_threads<acc_t> ? kRowRules[i].width : max_row_threads<acc_t>;
+  const int width = std::min(kRowRules[i].width, max_threads);
   const int threads = width > device::kWarp ? width : kSharedBlockThreads;
   const int64_t per_block = threads / width, blocks = (rows + per_block - 1) / per_block;
   return {{blocks < kMaxRowBlocks ? blocks : kMaxRowBlocks, threads}, width};

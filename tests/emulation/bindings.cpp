@@ -64,7 +64,7 @@ void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes
 // And, where rows are streamed: blocks, threads, and how many threads share a row.
 void emulated_row_shape(int64_t rows, int64_t columns, int wide, int64_t* shape) {
   const auto [launch, width] =
-      wide ? kldiv::cuda::row_shape<double>(rows, columns) : kldiv::cuda::row_shape<float>(rows, columns);
+      kldiv::cuda::row_shape(rows, columns, wide ? kldiv::cuda::kMaxSlowRowThreads : kldiv::cuda::kMaxRowThreads);
   std::copy_n(std::initializer_list<int64_t>{launch.blocks, launch.threads, width}.begin(), 3, shape);
 }
 

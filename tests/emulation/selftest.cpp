@@ -93,9 +93,7 @@ KLDIV_KERNEL(kThreads, 1) shuffle_for_some(double* out) {
 
 KLDIV_KERNEL(kThreads, 1) shuffle_of_odd_width(double* out) { out[device::thread()] = device::shuffle_xor(1.0, 1, 12); }
 
-KLDIV_KERNEL(kThreads, 1) shuffle_too_far(double* out) {
-  out[device::thread()] = device::shuffle_xor(1.0, 16, 16);
-}
+KLDIV_KERNEL(kThreads, 1) shuffle_too_far(double* out) { out[device::thread()] = device::shuffle_xor(1.0, 16, 16); }
 
 // ---------------------------------------------------------------- dynamic shared memory
 
