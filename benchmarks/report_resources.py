@@ -39,8 +39,9 @@ def markdown(run: Run) -> str:
     caption = (
         f"{SHOWN}. Loads and stores of global memory, asynchronous copies from there and loads from shared memory are "
         "instructions that move 16 bytes each. A phase's number is that of the instructions per pair of logits on the "
-        "shortest way through its loop: without rare cases, labels, and sums and gradients not asked for. Blocks are those that a multiprocessor of "
-        f"an {device} holds of the divergence that takes the most registers, for {vocabularies(run)} columns."
+        "shortest way through its loop: without rare cases, labels, and sums and gradients not asked for. Blocks are "
+        f"those that a multiprocessor of an {device} holds of the divergence that takes the most registers, for "
+        f"{vocabularies(run)} columns."
     )
     return f"{table(run, SHOWN)}\n\n{caption}\n\n{summary(run)}"
 

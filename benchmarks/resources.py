@@ -6,8 +6,9 @@ from the launch shapes of csrc/cuda/shapes.h and from what a device has.
 A row kernel has three hot loops, one for each phase of a row; of the divergences whose gradient needs no sum first
 there is another, for phases 2 and 3 in one, and of those whose loss phase 1 can give another one of it. Instructions
 per pair of logits are those of the shortest way through such a loop on which a group of pairs is read, has its
-exponentials computed and, where the loop stores, is stored: without what is rare, what a cross entropy adds, and what
-only a second gradient needs. What a row takes once, such as the exchange between its threads, is not in them.
+exponentials computed and, where the loop stores, is stored: without what is rare, what a cross entropy adds, sums that
+only gradients need, and a second gradient. Where every way takes half a group at a time in a loop within it, none is
+told. What a row takes once, such as the exchange between its threads, is not in them.
 """
 
 import argparse
@@ -290,7 +291,7 @@ def phases(stores: list[int]) -> list[str]:
 @dataclass(frozen=True)
 class Device:
     """What of a device decides how many blocks a multiprocessor takes: CUDA C++ Programming Guide, "Technical
-    Specifications per Compute Capability". Blocks of 256 threads never meet the limit on their number."""
+    Specifications per Compute Capability". Blocks of 128 threads and more never meet the limit on their number."""
 
     name: str
     architecture: str

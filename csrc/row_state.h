@@ -107,8 +107,8 @@ struct RowState {
   acc_t term = 0;             // that sum, where it is asked for, and from its columns
   acc_t term_difference = 0;  // what `difference` is, with more digits
   LogSumExp<acc_t> hard;      // the student's for the cross entropy; untouched where there is none
-  // The other side's logit where one side is largest; of several such columns the largest, on a CPU of those in the
-  // first chunk that has any.
+  // The other side's logit where one side has its max; of several such columns the largest, of those in the first chunk
+  // that has any or, on a GPU, where the base was raised.
   acc_t beside_student_max = static_cast<acc_t>(-__builtin_inff()), beside_teacher_max = beside_student_max;
 
   KLDIV_HD RowState merged(const RowState& other, const Scaling<acc_t>& scaling) const {
@@ -193,7 +193,7 @@ template <typename Divergence, typename T>
 concept HasBalanced = kIsFloat<T> && requires(const Divergence& divergence) { divergence.is_balanced(); };
 
 // The derivative of the student's side in the form asked for, if there are two. `shifted` is a bool or, where a branch
-// would cost more than either form, a std::bool_constant.
+// would cost more than either form, a Constant or std::bool_constant.
 template <typename T, typename Divergence, typename Bool>
 KLDIV_HD T derivative(const Divergence& divergence, const Pair<T>& x, Bool shifted) {
   if constexpr (HasShifted<Divergence, T>) {
@@ -354,7 +354,7 @@ KLDIV_HD PairType<T> make_pair(T teacher, T student, const RowConstants<Scalar<T
 template <typename T>
 struct StatsSums {
   T forward_kl{}, reverse_kl{};
-  T teacher_drop{}, student_drop{};  // how far below the largest logit a draw lies on average, over T
+  T teacher_drop{}, student_drop{};  // how far below max a draw lies on average, over T
 
   KLDIV_HD StatsSums operator+(const StatsSums& other) const {
     return {forward_kl + other.forward_kl, reverse_kl + other.reverse_kl, teacher_drop + other.teacher_drop,
