@@ -92,7 +92,7 @@ struct ExpPair {
 
 template <typename acc_t>
 struct OnePassTerm {
-  acc_t value, taken_off;
+  acc_t value, error;  // and about how far off that is at most, in units of acc_t's epsilon
 };
 
 // A divergence whose sum over a row follows from that of the same terms of e^{(logit - max) / T}, before these become
@@ -154,13 +154,15 @@ struct RowState {
     term_difference += part.term_difference * factor.student + part.teacher.sum * factor.difference;
   }
 
-  // The divergence, and what was taken off for it: as much as that is larger, as much larger is the error.
+  // The divergence: from the sum is taken off what the log-sum-exps differ by. All roundings are in proportion to that
+  // difference, or to those of the logits.
   template <OnePass Divergence>
   KLDIV_HD OnePassTerm<acc_t> one_pass_term(const Divergence& divergence) const {
     const acc_t per_weight = 1 / Divergence::weight(teacher.sum, student.sum);
-    const acc_t taken_off = divergence.term(
-        Pair<acc_t>::of(log_ratio_of_sums(term_difference), teacher.sum * per_weight, student.sum * per_weight));
-    return {term * per_weight - taken_off, taken_off};
+    const acc_t log_ratio = log_ratio_of_sums(term_difference);
+    const acc_t value = term * per_weight -
+                        divergence.term(Pair<acc_t>::of(log_ratio, teacher.sum * per_weight, student.sum * per_weight));
+    return {value, static_cast<acc_t>(2.5) * absolute(log_ratio) + std::sqrt(2 * value)};
   }
 
   // log(teacher.sum / student.sum), of close rows by their difference.

@@ -70,9 +70,9 @@ class RowDistillation : RowReader<Walk> {
   }
 
  private:
-  // How many times larger than a row's divergence that may be which is taken off for it: its error, 1e-7 of a sum in
-  // float, grows as much. Beyond, where the largest logits of both sides tell nothing of the rest, is a second pass.
-  static constexpr acc_t kMostTakenOff = 16;
+  // How far off, in units of epsilon and relatively, a divergence may be that one pass tells; otherwise there is a
+  // second one. In float these are 1e-5 and, of near rows, 1e-3.
+  static constexpr acc_t kError = 84, kNearError = 8400, kNear = kIsFloat<acc_t> ? static_cast<acc_t>(5e-5) : 0;
 
   using Evaluation = Columns<acc_t, Divergence, typename Side::Narrow>;
   using RowReader<Walk>::scaling_, RowReader<Walk>::team_, RowReader<Walk>::walk_, RowReader<Walk>::state;
@@ -156,8 +156,8 @@ class RowDistillation : RowReader<Walk> {
       RowSums<acc_t> total;
       if constexpr (OnePass<Divergence>) {
         if (one_pass) {
-          const auto [value, taken_off] = state.one_pass_term(divergence_);
-          one_pass = taken_off <= kMostTakenOff * value;  // not where either is NaN
+          const auto [value, error] = state.one_pass_term(divergence_);
+          one_pass = error <= (value < kNear ? kNearError : kError) * value;  // not where either is NaN
           total.term = value;
         }
       }
