@@ -528,8 +528,7 @@ struct SkewForwardKL {
     const T log_ratio = BalancedMixture<T>(x, shares).above_teacher(x) * static_cast<Scalar<T>>(-kLn2);
     return x.where_near(near.grad_p(x), one_minus_teacher(x) * shares.teacher.as<T>() + log_ratio);
   }
-  // Whether BalancedPair will do; prepare() has to come first.
-  // Of less than a quarter of q the mixture is so close to p that digits cancel where they are far apart.
+  // Likewise; but of less than a quarter of q the mixture is so close to p that digits cancel where they are far apart.
   KLDIV_HD bool is_balanced() const { return shares.are_balanced() && shares.student.in_float >= 0.25f; }
   void prepare() { near = NearPolynomials::of(*this); }
   template <typename T>

@@ -18,7 +18,7 @@ class RowReader {
   using TeamType = typename Walk::TeamType;
 
   KLDIV_DEVICE RowReader(const LogitsArgs& args, const Scaling<acc_t>& scaling, TeamType& team)
-      : logits_(args), scaling_(scaling), team_(team), walk_(args, scaling, team) {}
+      : scaling_(scaling), team_(team), walk_(args, scaling, team) {}
 
  protected:
   // Phase 1; with the terms of a divergence, or NoTerms, and bases not below `least`. `references`: whether what is
@@ -42,7 +42,6 @@ class RowReader {
     return all;
   }
 
-  const LogitsArgs& logits_;
   const Scaling<acc_t>& scaling_;
   TeamType& team_;
   Walk walk_;

@@ -120,7 +120,7 @@ class AnySide {
   }
   KLDIV_DEVICE acc_t logit(uint32_t column) const { return load<Use::kAgain>({column, 0, 1}, 0).x[0]; }
 
-  using Narrow = Constant<false>;
+  using Narrow = Constant<false>;  // whatever the dtype: one kernel for all
 
   KLDIV_DEVICE Group<acc_t> chained(Group<acc_t> gradient, const Place& place) const {
     if (map_.is_identity()) return gradient;

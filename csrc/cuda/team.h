@@ -6,9 +6,10 @@
 
 namespace kldiv::cuda {
 
-// What `two` makes of all lanes' values, as a tree, to each lane of `width`. `two` must not care for the order.
+// What `two` makes of all lanes' values, as a tree, to each lane of `width`. `two` must not care for the
+// order of its two, so that all lanes have the same bits.
 template <typename Value, typename Two>
-KLDIV_DEVICE Value over_lanes(Value value, int width, const Two& two) {
+KLDIV_DEVICE Value across_lanes(Value value, int width, const Two& two) {
   KLDIV_UNROLL
   for (int lanes = device::kWarp / 2; lanes > 0; lanes /= 2) {
     if (lanes < width) value = two(value, device::shuffle_xor(value, lanes, width));
@@ -19,7 +20,7 @@ KLDIV_DEVICE Value over_lanes(Value value, int width, const Two& two) {
 struct Sum {
   template <typename Value>
   KLDIV_DEVICE Value operator()(const Value& value, int width) const {
-    return over_lanes(value, width, [this](const Value& a, const Value& b) { return two(a, b); });
+    return across_lanes(value, width, [this](const Value& a, const Value& b) { return two(a, b); });
   }
   template <typename Value>
   KLDIV_DEVICE Value two(const Value& a, const Value& b) const {
@@ -30,7 +31,7 @@ struct Sum {
 struct Max {
   template <typename T>
   KLDIV_DEVICE T operator()(T value, int width) const {
-    return over_lanes(value, width, [](T a, T b) { return maximum(a, b); });
+    return across_lanes(value, width, [](T a, T b) { return maximum(a, b); });
   }
 };
 
