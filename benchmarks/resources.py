@@ -357,7 +357,7 @@ def launches(kernels: Any, device: Device) -> Iterator[Launch]:
     rows = 4096  # more than fit at a time, as always
     for dtype in ("bfloat16", "float32"):
         for vocab in VOCABULARIES:
-            _, threads, _ = kernels.row_shape(rows, vocab, getattr(torch, dtype))
+            _, threads, *_ = kernels.row_shape(rows, vocab, getattr(torch, dtype))
             yield Launch(STREAMED, dtype, vocab, threads, 1, 0)
             blocks, threads, cluster, shared = kernels.resident_shape(rows, vocab, getattr(torch, dtype))
             if blocks > 0:

@@ -79,6 +79,7 @@ struct DistillationArgs : LogitsArgs {
   void* row_constants = nullptr;  // [rows, RowConstants::kCount] acc_t; written by forward, read by backward
   void* row_loss = nullptr;       // [rows] acc_t; null in backward
   void* loss = nullptr;           // [] acc_t, the sum of row_loss; or null
+  void* scratch = nullptr;        // for forward's own use: as many bytes as the device asks for
 };
 
 struct TokenStatsArgs : LogitsArgs {

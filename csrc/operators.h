@@ -183,12 +183,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   Tensor row_loss = torch::stable::new_empty(student, {args.rows}, acc);
   Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
   Tensor loss = reduce ? torch::stable::new_empty(student, {}, acc) : row_loss;
+  const int64_t scratch_bytes = Device::distillation_scratch(args.columns, student);
+  Tensor scratch = scratch_bytes > 0 ? torch::stable::new_empty(student, {scratch_bytes}, ScalarType::Byte) : row_loss;
   args.wanted = {grad_student, grad_teacher};
   Tensor student_gradient = new_gradient<Device>(student, early && grad_student);
   Tensor teacher_gradient = new_gradient<Device>(teacher, early && grad_teacher);
   args.row_loss = row_loss.mutable_data_ptr();
   args.row_constants = row_constants.mutable_data_ptr();
   if (reduce) args.loss = loss.mutable_data_ptr();
+  if (scratch_bytes > 0) args.scratch = scratch.mutable_data_ptr();
   if (early && grad_student) args.grad_student = logits_gradient(student_gradient);
   if (early && grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);

@@ -15,7 +15,7 @@ DIVERGENCES: dict[str, str] = _C.divergences
 """Every divergence and the name of its parameter ("" for none)."""
 
 # What the environment may force upon the kernels.
-_FORCED = {"KLDIV_EXT_CPU_ISA": ("avx512", "avx2", "portable"), "KLDIV_EXT_CUDA_TIER": ("hopper", "portable")}
+_FORCED = {"KLDIV_EXT_CPU_ISA": ("avx512", "avx2", "portable"), "KLDIV_EXT_CUDA_TIER": ("resident", "streamed")}
 for _variable, _allowed in _FORCED.items():
     _value = os.environ.get(_variable, "")
     if _value not in ("", *_allowed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,23 @@ def library(build_folder: Path) -> harness.Kernels:
 
 
 @pytest.fixture
-def kernels(library: harness.Kernels) -> Iterator[harness.Kernels]:
+def kernels(library: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[harness.Kernels]:
+    """Rows are streamed, until `chip` says otherwise."""
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "streamed")
     yield library
     library.set_order("ascending")
     library.set_device()
+
+
+@pytest.fixture
+def chip(kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """chip(H200, multiprocessors=1): rows stay on the chip of such a device."""
+
+    def set_chip(device: dict[str, Any], **properties: int) -> None:
+        monkeypatch.delenv("KLDIV_EXT_CUDA_TIER", raising=False)
+        kernels.set_device(**{**device, **properties})
+
+    return set_chip
 
 
 def logits(rows: int, columns: int, dtype: torch.dtype, gap: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -359,10 +372,12 @@ def test_columns_that_all_differ_as_much(kernels: harness.Kernels, divergence: s
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_loss_alone(kernels: harness.Kernels, divergence: str, dtype: torch.dtype, resident: bool) -> None:
+def test_loss_alone(
+    kernels: harness.Kernels, chip: Callable[..., None], divergence: str, dtype: torch.dtype, resident: bool
+) -> None:
     """From one pass where that is exact enough: near rows, too, and not rows whose largest logits mislead."""
     if resident:
-        kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+        chip(H200, multiprocessors=1)
     alone = {"divergence": divergence, "wanted": (False, False)}
     for columns, gap in itertools.product((1203, 20_000), (1.0, 0.1, 0.03, 0.02, 0.015, 1e-2, 1e-3)):
         student = torch.randn(7, columns, dtype=torch.float64)
@@ -454,11 +469,16 @@ def test_sure_rows(kernels: harness.Kernels, divergence: str, parameter: float) 
     ("divergence", "parameter"), [("forward_kl", 0.0), ("reverse_kl", 0.0), ("jsd", 0.5), ("skew_reverse_kl", 0.1)]
 )
 def test_sure_rows_that_are_long(
-    kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype, resident: bool
+    kernels: harness.Kernels,
+    chip: Callable[..., None],
+    divergence: str,
+    parameter: float,
+    dtype: torch.dtype,
+    resident: bool,
 ) -> None:
     """One column, which its thread comes upon late, has nearly all; the others' share keeps its digits."""
     if resident:
-        kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+        chip(H200, multiprocessors=1)
     columns = 20_000
     student, teacher = logits(4, columns, torch.float64, 0.3)
     for row, above in enumerate((16.0, 19.0, 22.0, 28.0)):
@@ -557,18 +577,21 @@ def test_infinities_and_nan(kernels: harness.Kernels) -> None:
 
 # ---------------------------------------------------------------- rows that stay on the chip
 
-# What matters of an H200, an RTX 5090 and an A100.
+# What matters of an H200, an RTX 5090, an A100 and an RTX 4090.
 H200 = {"compute_capability": 90, "multiprocessors": 132, "shared_bytes_per_block": 227 * 1024, "clusters": True}
 RTX_5090 = {"compute_capability": 120, "multiprocessors": 170, "shared_bytes_per_block": 99 * 1024, "clusters": True}
 A100 = {"compute_capability": 80, "multiprocessors": 108, "shared_bytes_per_block": 163 * 1024, "clusters": False}
+RTX_4090 = {"compute_capability": 89, "multiprocessors": 128, "shared_bytes_per_block": 99 * 1024, "clusters": False}
 HALF = [torch.float16, torch.bfloat16]
 # A vocabulary in one block, in clusters, with and without parts of a group.
 RESIDENT_COLUMNS = (1032, 5003, 8192, 20_008)
 
 
-def test_shapes_of_resident_rows(kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_of_resident_rows(
+    kernels: harness.Kernels, chip: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks per cluster for real vocabularies; as many clusters as fit, however many rows there are."""
-    kernels.set_device(**H200)  # type: ignore[arg-type]
+    chip(H200)
     clusters = {
         torch.bfloat16: {1024: 0, 1025: 1, 26_000: 1, 32_000: 2, 50_257: 2, 128_256: 5, 151_936: 6, 262_144: 16},
         torch.float32: {4096: 1, 32_000: 3, 50_257: 5, 128_256: 16, 151_936: 16, 262_144: 16, 500_000: 0},
@@ -583,33 +606,49 @@ def test_shapes_of_resident_rows(kernels: harness.Kernels, monkeypatch: pytest.M
             assert shared * cluster >= 2 * columns * dtype.itemsize
             assert 132 - cluster < blocks <= 132 * 2  # as many as the emulated device says that it holds
             assert kernels.resident_shape(1, columns, dtype) == (cluster, threads, cluster, shared)
-    kernels.set_device(**RTX_5090)  # type: ignore[arg-type]
+    chip(RTX_5090)
     sizes = {1032: 1, 32_000: 4, 128_256: 8, 262_144: 0}
     assert {v: kernels.resident_shape(99, v, torch.bfloat16)[2] * (v < 2e5) for v in sizes} == sizes
-    kernels.set_device(**A100)  # type: ignore[arg-type]
-    assert kernels.resident_shape(99, 32_000, torch.bfloat16)[0] == 0
-    kernels.set_device(**H200)  # type: ignore[arg-type]
-    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "portable")
+    # Where there are no clusters, more blocks may share a row, and no more of them run than meet in their memory.
+    for device, clusters in (
+        (A100, {1032: 1, 32_000: 2, 50_257: 3, 128_256: 7, 262_144: 16}),
+        (RTX_4090, {1032: 1, 32_000: 3, 50_257: 5, 128_256: 16, 262_144: 32, 900_000: 0}),
+    ):
+        chip(device)
+        assert {v: kernels.resident_shape(1, v, torch.bfloat16)[0] for v in clusters} == clusters
+        for columns in clusters:
+            blocks, _, cluster, _ = kernels.resident_shape(10_000, columns, torch.bfloat16)
+            assert cluster == 1 or blocks <= 3 * device["multiprocessors"]
+    chip(H200)
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "streamed")
     assert kernels.resident_shape(99, 32_000, torch.bfloat16)[0] == 0
 
 
 def test_shapes_of_streamed_rows(kernels: harness.Kernels) -> None:
-    """Every row has its threads, and a block takes several rows only where they are short."""
+    """Every row has its threads, and a block takes several rows only where they are short; few rows that nothing is
+    summed over have several blocks, each of which has something to do."""
     for dtype in DTYPES:
         for columns in (1, 64, 65, 128, 256, 257, 1024, 65_536, 65_537, 10**7):
             for rows in (1, 3, 100, 10**6):
-                blocks, threads, width = kernels.row_shape(rows, columns, dtype)
+                blocks, threads, width, per_row = kernels.row_shape(rows, columns, dtype)
                 assert threads % width == 0 and threads % 32 == 0 and width in (8, 16, 32, 64, 128, 256, 512)
                 assert threads == width or width <= 32
-                assert blocks == min(-(-rows * width // threads), 65_536)
+                assert blocks == min(-(-rows * width // threads), 65_536) and per_row == 1
+                *apart, per_row = kernels.row_shape(rows, columns, dtype, sums=False)
+                assert apart == [blocks * per_row, threads, width]
+                assert per_row == 1 or (blocks * per_row <= 1024 and (per_row - 1) * width * 8 < columns)
+                assert per_row == 1 or width > 32
+    assert [kernels.row_shape(8, v, torch.bfloat16, sums=False)[3] for v in (1024, 32_000, 10**7)] == [1, 16, 128]
 
 
 @pytest.mark.parametrize("device", resources.DEVICES, ids=lambda device: device.name)
-def test_launches_fit_their_devices(kernels: harness.Kernels, device: resources.Device) -> None:
+def test_launches_fit_their_devices(
+    kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch, device: resources.Device
+) -> None:
     """With the registers that launch bounds leave, and the shared memory that is reserved for what is not logits."""
+    monkeypatch.delenv("KLDIV_EXT_CUDA_TIER")
     launches = list(resources.launches(kernels, device))
-    names = (resources.STREAMED, resources.RESIDENT) if device.clusters else (resources.STREAMED,)
-    assert {launch.kernel for launch in launches} == {*names}
+    assert {launch.kernel for launch in launches} == {resources.STREAMED, resources.RESIDENT}
     for launch in launches:
         shared = launch.dynamic_shared + (0 if launch.kernel == resources.RESIDENT else 4 * 1024)
         blocks = resources.blocks_per_multiprocessor(device, launch.threads, 128, shared)
@@ -618,13 +657,27 @@ def test_launches_fit_their_devices(kernels: harness.Kernels, device: resources.
             assert blocks == {160: 3, 256: 2, 512: 1}[launch.threads], launch
 
 
+# One that has clusters and one that has none, both too small to hold five rows at a time.
+SMALL = pytest.mark.parametrize(
+    "small", [{**H200, "multiprocessors": 1}, {**A100, "multiprocessors": 2}], ids=["90", "80"]
+)
+
+
+@SMALL
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
-def test_resident_rows(kernels: harness.Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
+def test_resident_rows(
+    kernels: harness.Kernels,
+    chip: Callable[..., None],
+    divergence: str,
+    parameter: float,
+    dtype: torch.dtype,
+    small: dict[str, Any],
+) -> None:
     """Against the reference, with more rows than clusters, and to the same bits however many of these there are."""
     arguments = {"divergence": divergence, "parameter": parameter, "temperature": 1.5, "scale": 0.7}
     for i, columns in enumerate(RESIDENT_COLUMNS):
-        kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+        chip(small)
         kernels.set_order(*ORDERS[i])
         blocks, _, cluster, _ = kernels.resident_shape(5, columns, dtype)
         assert 0 < blocks // cluster < 5
@@ -641,16 +694,19 @@ def test_resident_rows(kernels: harness.Kernels, divergence: str, parameter: flo
         one = torch.ones([])
         later = kernels.distillation_backward(one, student, teacher, forward["row_constants"], **arguments)
         assert torch.equal(later["grad_student"], both["grad_student"])
-        kernels.set_device(**H200)  # type: ignore[arg-type]
+        chip(small, multiprocessors=100)
         again = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, reduce=True, **arguments)
         assert_same(again, both)
 
 
+@SMALL
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("columns", [2051, 2056])
-def test_resident_rows_by_their_options(kernels: harness.Kernels, columns: int, dtype: torch.dtype) -> None:
+def test_resident_rows_by_their_options(
+    kernels: harness.Kernels, chip: Callable[..., None], columns: int, dtype: torch.dtype, small: dict[str, Any]
+) -> None:
     """Positions that do not count between others, labels, padding, a label that is none, broken rows, any address."""
-    kernels.set_device(**{**H200, "multiprocessors": 1})  # type: ignore[arg-type]
+    chip(small)
     rows, valid = 9, columns - 3 if columns % 8 else columns - 8
     student, teacher = logits(rows, columns, dtype)
     student[:, valid:] = torch.nan
@@ -694,14 +750,45 @@ def test_resident_rows_by_their_options(kernels: harness.Kernels, columns: int, 
         assert_same(out, expected)
 
 
-def test_resident_and_streamed_rows_agree(kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.set_device(**H200)  # type: ignore[arg-type]
-    student, teacher = logits(3, 4104, torch.float32, 1e-2)
-    resident = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)
-    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "portable")
+def test_resident_and_streamed_rows_agree(kernels: harness.Kernels, chip: Callable[..., None]) -> None:
+    student, teacher = logits(3, 20_008, torch.float32, 1e-2)
     streamed = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)
+    chip(H200)
+    resident = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)
     torch.testing.assert_close(resident["row_loss"], streamed["row_loss"], rtol=1e-5, atol=0)
     torch.testing.assert_close(resident["grad_student"], streamed["grad_student"], rtol=1e-4, atol=1e-9)
+    clusters = kernels.resident_shape(3, 20_008, torch.float32)[:3]
+    assert clusters[2] > 1
+    chip({**H200, "clusters": False})
+    assert kernels.resident_shape(3, 20_008, torch.float32)[:3] == clusters
+    assert_same(kernels.distillation(student, teacher, "reverse_kl", grad_student=True), resident)  # wherever they meet
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_whose_gradient_comes_later(kernels: harness.Kernels, dtype: torch.dtype) -> None:
+    """Several blocks share a row, to the bits that one of them would have."""
+    rows, columns, valid = 3, 5011, 5000
+    assert kernels.row_shape(rows, valid, dtype, sums=False)[3] > 1
+    student, teacher = logits(rows, columns, dtype)
+    row_scale = torch.tensor([1.0, 0.0, 2.0], dtype=harness.accumulation_dtype(student))
+    arguments: dict[str, Any] = {
+        "divergence": "jsd",
+        "parameter": 0.3,
+        "hard_scale": 0.4,
+        "labels": torch.tensor([0, 1, valid - 1]),
+        "row_scale": row_scale,
+        "valid_vocab": valid,
+    }
+    early = kernels.distillation(student, teacher, grad_student=True, grad_teacher=True, **arguments)
+    for order in ORDERS:
+        kernels.set_order(*order)
+        later = kernels.distillation_backward(
+            torch.ones_like(row_scale[0]), student, teacher, early["row_constants"], **arguments
+        )
+        for name in ("grad_student", "grad_teacher"):
+            assert torch.equal(later[name], early[name])
+    *_, grad_teacher = oracle(student[:, :valid], teacher[:, :valid], "jsd", 0.3)
+    assert_gradient(later["grad_teacher"][:, :valid], grad_teacher * row_scale[:, None])
 
 
 def test_more_rows_than_blocks(kernels: harness.Kernels) -> None:
@@ -873,21 +960,27 @@ def test_a_device_may_be_too_small(kernels: harness.Kernels) -> None:
     assert_same(kernels.distillation(student, teacher), expected)
 
 
-# What orders the sums of a block and of a cluster, each by a text that occurs once.
+# What orders the sums of a block, of a cluster and of blocks that meet elsewhere: a text that occurs once, and what is
+# put in its place.
 ORDERING = [
-    ("BLOCK", "      device::barrier();\n"),
-    ("BLOCK", "    turn_ = 1 - turn_;\n"),
-    ("CLUSTER", "      device::cluster_barrier();  // no block"),
-    ("CLUSTER", "      device::cluster_barrier();\n"),
-    ("CLUSTER", "    turn_ = 1 - turn_;\n"),
+    ("BLOCK", "      device::barrier();\n", ""),
+    ("BLOCK", "    turn_ = 1 - turn_;\n", ""),
+    ("CLUSTER", "      device::cluster_barrier();  // no block", "// no block"),
+    ("CLUSTER", "      device::cluster_barrier();\n", ""),
+    ("CLUSTER", "    turn_ = 1 - turn_;\n", ""),
+    ("MEETING", "      device::barrier();\n", ""),
+    ("MEETING", "    turn_ = 1 - turn_;\n", ""),
+    ("MEETING", "      device::arrive(count);\n", ""),
+    ("MEETING", "      device::await(count, arrivals_);\n", ""),
+    ("MEETING", "    }\n    device::barrier();\n", "    }\n"),
 ]
 
 
-@pytest.mark.parametrize(("team", "needed"), ORDERING)
-def test_what_orders_a_sum_is_needed(build_folder: Path, tmp_path: Path, team: str, needed: str) -> None:
+@pytest.mark.parametrize(("team", "needed", "left"), ORDERING)
+def test_what_orders_a_sum_is_needed(build_folder: Path, tmp_path: Path, team: str, needed: str, left: str) -> None:
     shutil.copytree(harness.CSRC, tmp_path / "csrc")
     header = tmp_path / "csrc" / "cuda" / "team.h"
     assert header.read_text().count(needed) == 1
-    header.write_text(header.read_text().replace(needed, "// " if needed.endswith("block") else ""))
+    header.write_text(header.read_text().replace(needed, left))
     sources = [harness.HERE / "fibers.cpp", harness.HERE / "selftest.cpp"]
     run(harness.build(tmp_path, sources, "selftest", ["-O0", f"-DFAULTY_{team}"], [tmp_path / "csrc"]))

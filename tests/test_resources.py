@@ -249,9 +249,9 @@ class FakeKernels:
     def set_device(self, _capability: int, _multiprocessors: int, _shared: int, clusters: bool) -> None:
         self.clusters = clusters
 
-    def row_shape(self, _rows: int, columns: int, _dtype: torch.dtype) -> tuple[int, int, int]:
+    def row_shape(self, _rows: int, columns: int, _dtype: torch.dtype) -> tuple[int, int, int, int]:
         threads = 256 if columns <= 65536 else 512
-        return 1, threads, threads
+        return 1, threads, threads, 1
 
     def resident_shape(self, _rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         resident = self.clusters and dtype == torch.bfloat16 and columns == 32000

@@ -22,6 +22,7 @@ struct Cpu {
   static void pointwise(const PointwiseArgs& args, const Tensor&) { cpu::kernels().pointwise(args, threads()); }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::kernels().scale(args, threads()); }
 
+  static int64_t distillation_scratch(int64_t, const Tensor&) { return 0; }
   static int64_t pointwise_partials(int64_t rows, int64_t columns) { return cpu::pointwise_partials(rows, columns); }
 
   // The first touch of a fresh gradient costs more than its arithmetic: a page fault every 4 KiB. Huge pages,

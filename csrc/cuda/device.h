@@ -46,11 +46,10 @@ KLDIV_DEVICE int64_t blocks() { return gridDim.x; }
 // Waits for all threads of the block; what they wrote to shared memory is then seen by all.
 KLDIV_DEVICE void barrier() { __syncthreads(); }
 
-// Clusters: blocks that run at the same time and see each other's shared memory; sm_90 and up.
+// Blocks that run at the same time, as many as Shape::cluster says. In code for sm_90 and up these are a cluster and
+// see each other's shared memory; other blocks find each other's numbers in device memory.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kClusters = true;
-KLDIV_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
-KLDIV_DEVICE int cluster_blocks() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+KLDIV_DEVICE constexpr bool has_clusters() { return true; }
 // barrier() for all blocks of the cluster.
 KLDIV_DEVICE void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
 // The same place in the shared memory of block `rank`, once that block has begun and as long as it has not ended.
@@ -59,15 +58,26 @@ KLDIV_DEVICE T* of_peer(T* shared, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
 }
 #else
-constexpr bool kClusters = false;
-KLDIV_DEVICE int cluster_rank() { return 0; }
-KLDIV_DEVICE int cluster_blocks() { return 1; }
-KLDIV_DEVICE void cluster_barrier() { barrier(); }
+KLDIV_DEVICE constexpr bool has_clusters() { return false; }
+KLDIV_DEVICE void cluster_barrier() {}
 template <typename T>
 KLDIV_DEVICE T* of_peer(T* shared, int) {
   return shared;
 }
 #endif
+
+// For a thread of each block that runs at the same time as others. Counts it, once its block's barrier() is behind it:
+// what that block wrote until then is seen by those that await this count.
+KLDIV_DEVICE void arrive(uint32_t* count) {
+  __threadfence();
+  atomicAdd(count, 1);
+}
+// Until `count` has come to `target`, which is no more than 2^31 ahead; for all of the block after its next barrier().
+KLDIV_DEVICE void await(const uint32_t* count, uint32_t target) {
+  while (static_cast<int32_t>(*static_cast<const volatile uint32_t*>(count) - target) < 0) {
+  }
+  __threadfence();
+}
 
 // As many bytes as the launch says.
 KLDIV_DEVICE unsigned char* dynamic_shared() {
@@ -170,8 +180,9 @@ KLDIV_DEVICE void store16_once(void* p, const Bytes16& b) {
 
 // Host side. Errors are left for cudaGetLastError().
 struct Properties {
+  int multiprocessors;
   size_t shared_bytes_per_block;
-  bool clusters;
+  bool clusters;  // on the device, and in the code that it runs: a driver may have compiled older PTX for it
 };
 
 namespace detail {
@@ -181,33 +192,55 @@ inline int attribute(cudaDeviceAttr name) {
   cudaDeviceGetAttribute(&value, name, device);
   return value;
 }
+
+// Compiled for what all kernels are compiled for.
+template <typename = void>
+__global__ void nothing() {}
+
+inline Properties ask_properties() {
+  cudaFuncAttributes attributes = {};
+  cudaFuncGetAttributes(&attributes, nothing<>);
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          attribute(cudaDevAttrClusterLaunch) != 0 && attributes.ptxVersion >= 90};
+}
 }  // namespace detail
 
 // Of the current device.
-inline Properties properties() {
-  return {static_cast<size_t>(detail::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          detail::attribute(cudaDevAttrClusterLaunch) != 0};
+inline const Properties& properties() {
+  thread_local std::map<int, Properties> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const auto [answer, is_new] = known.try_emplace(device);
+  if (is_new) answer->second = detail::ask_properties();
+  return answer->second;
 }
 
 struct Shape {
   int64_t blocks;
   int threads;
-  int cluster = 1;  // blocks per cluster
+  int cluster = 1;  // so many blocks, one after the other, run at the same time
   size_t shared_bytes = 0;
 };
 
 namespace detail {
-// A launch without a stream; `cluster` has to live as long as it.
-inline cudaLaunchConfig_t configuration(const Shape& shape, cudaLaunchAttribute& cluster) {
+// A launch without a stream; `attribute` has to live as long as it. Where there are no clusters, all of a launch's
+// blocks run at the same time, or it fails.
+inline cudaLaunchConfig_t configuration(const Shape& shape, bool clusters, cudaLaunchAttribute& attribute) {
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(shape.blocks);
   config.blockDim = static_cast<unsigned>(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
-  cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
+  attribute = {};
+  if (clusters) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  config.attrs = &attribute;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
   return config;
 }
@@ -216,23 +249,26 @@ inline cudaLaunchConfig_t configuration(const Shape& shape, cudaLaunchAttribute&
 template <typename Kernel>
 int ask_active_clusters(Kernel* kernel, const Shape& shape) {
   cudaFuncAttributes attributes = {};
-  // Code for clusters is compiled in from 90 on; a driver may have compiled older PTX for this device.
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
+  const Properties& device = properties();
+  const bool several = shape.cluster > 1;
+  if (several && !device.clusters && attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
   // Not what this launch needs but all there is: it holds for all threads of the process.
-  const int most = static_cast<int>(properties().shared_bytes_per_block - attributes.sharedSizeBytes);
+  const int most = static_cast<int>(device.shared_bytes_per_block - attributes.sharedSizeBytes);
   if (shape.shared_bytes > static_cast<size_t>(most)) return 0;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   int clusters = 0;
   cudaError_t error;
-  if (shape.cluster == 1) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, shape.threads, shape.shared_bytes);
-    clusters *= attribute(cudaDevAttrMultiProcessorCount);
-  } else {
-    cudaLaunchAttribute cluster;
-    const cudaLaunchConfig_t config = configuration(shape, cluster);
+  if (several && device.clusters) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = configuration(shape, true, attribute);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  } else {
+    int blocks = 0;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, shape.shared_bytes);
+    clusters = blocks * device.multiprocessors / shape.cluster;
   }
   if (error == cudaSuccess) return clusters;
   cudaGetLastError();  // no error of a launch: there will be another shape
@@ -240,8 +276,8 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
 }
 }  // namespace detail
 
-// How many clusters of a shape run at a time on the current device, to be asked before a launch with clusters or
-// dynamic shared memory; 0 where the shape does not fit, or where the kernel's code is not for devices with clusters.
+// How many clusters of a shape run at a time on the current device, to be asked before a launch with several blocks
+// that do, or with dynamic shared memory; 0 where the shape does not fit.
 template <typename Kernel>
 int active_clusters(Kernel* kernel, const Shape& shape) {
   thread_local std::map<std::tuple<Kernel*, int, int, int, size_t>, int> known;
@@ -252,10 +288,15 @@ int active_clusters(Kernel* kernel, const Shape& shape) {
   return answer->second;
 }
 
+// Zeros.
+inline void clear(void* memory, size_t bytes, void* stream) {
+  cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
-  cudaLaunchAttribute cluster;
-  cudaLaunchConfig_t config = detail::configuration(shape, cluster);
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = detail::configuration(shape, properties().clusters, attribute);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }

@@ -1,9 +1,12 @@
 // Divergences from logits: which row kernel runs, and the sum over the rows.
 #include "launch.h"
+#include "shapes.h"
 #include "sides.h"
 #include "sum.h"
 
 namespace kldiv::cuda {
+
+int64_t distillation_scratch(int64_t columns) { return meeting_bytes(device::properties(), columns); }
 
 void distillation(const DistillationArgs& args, void* stream) {
   const bool wide = args.acc_dtype() == Dtype::kFloat64;

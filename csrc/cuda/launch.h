@@ -13,6 +13,9 @@ void token_stats(const TokenStatsArgs& args, void* stream);
 void pointwise(const PointwiseArgs& args, void* stream);
 void scale(const ScaleArgs& args, void* stream);
 
+// How many bytes DistillationArgs::scratch has to have on the current device.
+int64_t distillation_scratch(int64_t columns);
+
 // How long PointwiseArgs::partials has to be.
 int64_t pointwise_partials(int64_t rows, int64_t columns);
 

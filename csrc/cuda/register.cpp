@@ -37,6 +37,10 @@ struct Cuda {
     on_stream_of(like, [&](void* stream) { cuda::scale(args, stream); });
   }
 
+  static int64_t distillation_scratch(int64_t columns, const Tensor& like) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    return cuda::distillation_scratch(columns);
+  }
   static int64_t pointwise_partials(int64_t rows, int64_t columns) { return cuda::pointwise_partials(rows, columns); }
   static void prepare_output(Tensor&) {}
 

@@ -323,24 +323,22 @@ constexpr bool kIsFast = requires { typename Side::scalar_t; } && kIsFloat<typen
 template <typename Side>
 constexpr int max_row_threads = kIsFast<Side> ? kMaxRowThreads : kMaxSlowRowThreads;
 
-// `width` threads of a block share a row: part of a warp, or all.
+// `width` threads of a block share a row: part of a warp, or all; or, where nothing is summed over it, `blocks` do.
 template <typename Side, typename Divergence>
 KLDIV_KERNEL(max_row_threads<Side>, 1)
 distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
-            KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width) {
-  Team<false> team(width);
+            KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int width, int blocks) {
+  Team<false> team(width, blocks);
   RowDistillation<Streamed<Side>, Divergence>(args, divergence, scaling, team)();
 }
 
-// A cluster of blocks shares a row.
+// `blocks` that run at the same time share a row.
 template <typename Side, typename Divergence>
 KLDIV_KERNEL(kMaxClusterThreads, kClusterBlocksPerMultiprocessor)
 distil_resident_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
-                     KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling) {
-  if constexpr (device::kClusters) {
-    Team<true> team(device::threads());
-    RowDistillation<Resident<Side>, Divergence>(args, divergence, scaling, team)();
-  }
+                     KLDIV_ARGUMENT Scaling<typename Side::acc_t> scaling, int blocks) {
+  Team<true> team(device::threads(), blocks, args.scratch);
+  RowDistillation<Resident<Side>, Divergence>(args, divergence, scaling, team)();
 }
 
 template <typename Side>
@@ -362,20 +360,27 @@ void launch_rows(const DistillationArgs& args, void* stream) {
       if (args.row_loss) {  // a backward of its own reads a row but once as it is
         const auto kernel = distil_resident_rows<Side, Divergence>;
         const auto active = [&](const device::Shape& shape) { return device::active_clusters(kernel, shape); };
+        const device::Properties& device = device::properties();
         const device::Shape shape =
-            resident_shape(device::properties(), args.rows, args.columns, sizeof(typename Side::scalar_t), active);
-        if (shape.blocks > 0) return device::launch(kernel, shape, stream, args, divergence, scaling);
+            resident_shape(device, args.rows, args.columns, sizeof(typename Side::scalar_t), active);
+        if (shape.blocks > 0) {
+          if (shape.cluster > 1 && !device.clusters) {
+            device::clear(args.scratch, meeting_bytes(device, args.columns), stream);
+          }
+          return device::launch(kernel, shape, stream, args, divergence, scaling, shape.cluster);
+        }
       }
     }
-    const RowShape streamed = row_shape(args.rows, args.columns, max_row_threads<Side>);
-    device::launch(distil_rows<Side, Divergence>, streamed.shape, stream, args, divergence, scaling, streamed.width);
+    const RowShape streamed = row_shape(args.rows, args.columns, max_row_threads<Side>, args.row_loss != nullptr);
+    device::launch(distil_rows<Side, Divergence>, streamed.shape, stream, args, divergence, scaling, streamed.width,
+                   streamed.blocks);
   });
 }
 
 template <typename Side>
 void launch_stats(const TokenStatsArgs& args, void* stream) {
   using acc_t = typename Side::acc_t;
-  const RowShape shape = row_shape(args.rows, args.columns, max_row_threads<Side>);
+  const RowShape shape = row_shape(args.rows, args.columns, max_row_threads<Side>, true);
   device::launch(stats_of_rows<Side>, shape.shape, stream, args, Scaling<acc_t>(args), shape.width);
 }
 

@@ -35,26 +35,32 @@ constexpr int kMaxRowThreads = 512, kMaxSlowRowThreads = 256;
 constexpr int kSharedBlockThreads = 128;
 // Enough blocks to fill any device many times over; beyond it a block takes several rows.
 constexpr int64_t kMaxRowBlocks = 65536;
+// Enough to fill any device. Where fewer rows than that are read but once, several blocks share each.
+constexpr int64_t kFewRowBlocks = 1024;
 
 struct RowShape {
   device::Shape shape;
-  int width;
+  int width;   // threads of a block for a row
+  int blocks;  // for a row
 };
 
-inline RowShape row_shape(int64_t rows, int64_t columns, int max_threads) {
+// `sums`: whether anything is summed over a row.
+inline RowShape row_shape(int64_t rows, int64_t columns, int max_threads, bool sums) {
   int i = 0;
   while (columns > kRowRules[i].columns) ++i;
   const int width = std::min(kRowRules[i].width, max_threads);
   const int threads = width > device::kWarp ? width : kSharedBlockThreads;
-  const int64_t per_block = threads / width, blocks = (rows + per_block - 1) / per_block;
-  return {{blocks < kMaxRowBlocks ? blocks : kMaxRowBlocks, threads}, width};
+  const int64_t per_block = threads / width, blocks = std::min((rows + per_block - 1) / per_block, kMaxRowBlocks);
+  const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>, steps = (groups + width - 1) / width;
+  const int64_t per_row = sums || per_block > 1 ? 1 : std::clamp<int64_t>(kFewRowBlocks / blocks, 1, steps);
+  return {{blocks * per_row, threads}, width, static_cast<int>(per_row)};
 }
 
 // ---------------------------------------------------------------- rows that stay on the chip
 
-// The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
-// Those come first that have few threads for a row: what each does but once for it, an exchange above all, is then the
-// least.
+// The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks that
+// run at the same time. Those come first that have few threads for a row: what each does but once for it, an exchange
+// above all, is then the least.
 struct ClusterRule {
   int blocks, threads;
   int per_multiprocessor;  // so many blocks must fit: while one waits the others compute
@@ -72,8 +78,10 @@ constexpr ClusterRule kClusterRules[] = {
     {7, 256, 2},   //
     {8, 256, 2},   // the largest cluster that all devices with clusters have
     {16, 256, 2},  // what data centres' GPUs have besides; of sizes between fewer fit a part of such a GPU
+    {32, 256, 2},  // only where blocks need not be a cluster
     {8, 256, 1},   // nobody computes while it waits, but the next row is fetched during this one's last pass
-    {16, 256, 1},  // likewise; longer rows are streamed
+    {16, 256, 1},  // likewise
+    {32, 256, 1},  // likewise; longer rows are streamed
 };
 // With 512 threads on a multiprocessor each has 128 registers.
 constexpr int kMaxClusterThreads = 256;
@@ -83,23 +91,34 @@ constexpr int64_t kMinResidentColumns = 1025;
 // Of a block's shared memory, what CUDA takes itself.
 constexpr size_t kReservedBytes = 1024;
 
+// How many blocks of teams of several meet in device memory at a time: on each multiprocessor the most that a rule asks
+// for. And how many bytes they need for rows of so many columns.
+constexpr int kMeetingBlocks = 3;
+inline int64_t meeting_bytes(const device::Properties& device, int64_t columns) {
+  if (device.clusters || columns < kMinResidentColumns) return 0;
+  const int64_t blocks = kMeetingBlocks * device.multiprocessors;
+  return blocks * static_cast<int64_t>(meeting_bytes(kMaxClusterThreads / device::kWarp));
+}
+
 // A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the
 // number of clusters that the device runs at a time, is not 0. No blocks where there is none, or where the
-// environment's KLDIV_EXT_CUDA_TIER is "portable".
+// environment's KLDIV_EXT_CUDA_TIER is "streamed".
 template <typename Active>
 device::Shape resident_shape(const device::Properties& device, int64_t rows, int64_t columns, size_t scalar_bytes,
                              const Active& active) {
   const char* tier = std::getenv("KLDIV_EXT_CUDA_TIER");
-  if (!device.clusters || columns < kMinResidentColumns || (tier && std::strcmp(tier, "portable") == 0)) return {};
+  if (columns < kMinResidentColumns || (tier && std::strcmp(tier, "streamed") == 0)) return {};
   const int64_t groups = (columns + kGroup<float> - 1) / kGroup<float>;
   for (const ClusterRule& rule : kClusterRules) {
     const int64_t per_step = rule.blocks * rule.threads, steps = (groups + per_step - 1) / per_step;
-    const size_t bytes = exchange_bytes(static_cast<int>(per_step / device::kWarp)) +
-                         steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
+    const bool meets = rule.blocks > 1 && !device.clusters;
+    const size_t exchanged = meets ? 0 : exchange_bytes(static_cast<int>(per_step / device::kWarp));
+    const size_t bytes = exchanged + steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
     const bool fits = rule.per_multiprocessor * (bytes + kReservedBytes) <= device.shared_bytes_per_block;
     if (!fits) continue;
     device::Shape shape{rule.blocks, rule.threads, rule.blocks, bytes};
-    const int64_t clusters = active(shape);
+    int64_t clusters = active(shape);
+    if (meets) clusters = std::min<int64_t>(clusters, kMeetingBlocks * device.multiprocessors / rule.blocks);
     if (clusters == 0) continue;
     shape.blocks *= std::min(rows, clusters);
     return shape;

@@ -37,23 +37,33 @@ struct Max {
 
 constexpr int kMaxBlockWarps = 1024 / device::kWarp;
 
-// What a block of a cluster needs of its dynamic shared memory, at its beginning, to exchange values of up to
-// kMaxValueBytes with all `warps` of the cluster.
+// To exchange values of up to kMaxValueBytes, all `warps` of a team with kCluster need so much at the beginning of each
+// block's dynamic shared memory.
 constexpr int kMaxValueBytes = 48;
 KLDIV_HD constexpr size_t exchange_bytes(int warps) { return 2 * static_cast<size_t>(warps) * kMaxValueBytes; }
 
-// A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or, with kCluster, the blocks of a
-// cluster. Like a block, all of it goes through a row together.
+// Where there are no clusters, several blocks meet in device memory instead, one room for all of them, and count who is
+// there: so much for each team, zeros at first.
+constexpr size_t kCountBytes = 128;
+KLDIV_HD constexpr size_t meeting_bytes(int warps) { return kCountBytes + exchange_bytes(warps); }
+
+// A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or several blocks, one after the other.
+// Like a block, all of it goes through a row together. With kCluster blocks run at the same time; without, several of
+// them exchange nothing.
 template <bool kCluster>
 class Team {
  public:
-  // `width` threads of a block are one team's: less than a warp, or all.
-  KLDIV_DEVICE explicit Team(int width) : thread_(device::thread() % width), width_(width) {
-    if constexpr (kCluster) {
-      rank_ = device::cluster_rank();
-      blocks_ = device::cluster_blocks();
+  // `width` threads of a block are one team's: less than a warp, or all. `memory`: for teams of several blocks, where
+  // there are no clusters.
+  KLDIV_DEVICE explicit Team(int width, int blocks = 1, void* memory = nullptr)
+      : thread_(device::thread() % width),
+        width_(width),
+        rank_(static_cast<uint32_t>(device::block()) % blocks),
+        blocks_(blocks) {
+    if (kCluster && device::has_clusters()) {
       device::cluster_barrier();  // no block writes to one that has not begun
     }
+    if (meets()) memory_ = static_cast<unsigned char*>(memory) + index() * meeting_bytes(warps());
   }
 
   KLDIV_DEVICE uint32_t thread() const { return rank_ * width_ + thread_; }
@@ -69,6 +79,9 @@ class Team {
   }
   KLDIV_DEVICE uint32_t count() const { return static_cast<uint32_t>(device::blocks()) / blocks_ * per_block(); }
 
+  // How much of a block's dynamic shared memory is for exchanges.
+  KLDIV_DEVICE size_t shared_bytes() const { return meets() ? 0 : exchange_bytes(warps()); }
+
   // What over_lanes makes of all threads' values, to every thread. Value{} must be neutral.
   template <typename Value, typename OverLanes>
   KLDIV_DEVICE Value all(Value value, const OverLanes& over_lanes) {
@@ -79,29 +92,42 @@ class Team {
  private:
   template <typename Value, typename OverLanes>
   KLDIV_DEVICE Value over_warps(const Value& of_warp, const OverLanes& over_lanes) {
-    const int lane = device::thread() % device::kWarp, warps = width_ / device::kWarp, all_warps = blocks_ * warps;
-    Value* const room = this->room<Value>(all_warps);
+    const int lane = device::thread() % device::kWarp;
+    Value* const room = this->room<Value>();
     turn_ = 1 - turn_;
-    Value* const mine = room + rank_ * warps + device::thread() / device::kWarp;
-    if constexpr (kCluster) {
+    Value* const mine = room + thread() / device::kWarp;
+    if (kCluster && device::has_clusters()) {
       if (lane < blocks_) *device::of_peer(mine, lane) = of_warp;
       device::cluster_barrier();
     } else {
       if (lane == 0) *mine = of_warp;
       device::barrier();
+      if (meets()) meet();
     }
-    Value value = lane < all_warps ? room[lane] : Value{};
+    Value value = lane < warps() ? room[lane] : Value{};
     KLDIV_NO_UNROLL
-    for (int i = lane + device::kWarp; i < all_warps; i += device::kWarp) value = over_lanes.two(value, room[i]);
+    for (int i = lane + device::kWarp; i < warps(); i += device::kWarp) value = over_lanes.two(value, room[i]);
     return over_lanes(value, device::kWarp);
+  }
+
+  // The blocks' barrier, in device memory; each has just passed its own.
+  KLDIV_DEVICE void meet() {
+    arrivals_ += blocks_;
+    if (device::thread() == 0) {
+      uint32_t* const count = reinterpret_cast<uint32_t*>(memory_);
+      device::arrive(count);
+      device::await(count, arrivals_);
+    }
+    device::barrier();
   }
 
   // Of two, in turn: who fills one has passed the barrier that came after the last look into it.
   template <typename Value>
-  KLDIV_DEVICE Value* room(int warps) {
+  KLDIV_DEVICE Value* room() {
     if constexpr (kCluster) {
       static_assert(sizeof(Value) <= kMaxValueBytes);
-      return reinterpret_cast<Value*>(device::dynamic_shared() + turn_ * (exchange_bytes(warps) / 2));
+      unsigned char* const rooms = meets() ? memory_ + kCountBytes : device::dynamic_shared();
+      return reinterpret_cast<Value*>(rooms + turn_ * (exchange_bytes(warps()) / 2));
     } else {
       KLDIV_SHARED(Value, rooms, 2 * kMaxBlockWarps);
       return rooms + turn_ * kMaxBlockWarps;
@@ -109,9 +135,13 @@ class Team {
   }
 
   KLDIV_DEVICE int per_block() const { return device::threads() / width_; }
+  KLDIV_DEVICE int warps() const { return threads() / device::kWarp; }
+  // Whether its blocks have to meet in device memory.
+  KLDIV_DEVICE bool meets() const { return kCluster && !device::has_clusters() && blocks_ > 1; }
 
-  const int thread_, width_;
-  int rank_ = 0, blocks_ = 1;
+  const int thread_, width_, rank_, blocks_;
+  unsigned char* memory_ = nullptr;
+  uint32_t arrivals_ = 0;  // at all meetings so far
   int turn_ = 0;
 };
 

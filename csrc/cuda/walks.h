@@ -116,8 +116,7 @@ class Resident {
 
   // Threads side by side in each step of 16 bytes.
   KLDIV_DEVICE unsigned char* first_slot() const {
-    return device::dynamic_shared() + exchange_bytes(team_.threads() / device::kWarp) +
-           device::thread() * sizeof(Bytes16);
+    return device::dynamic_shared() + team_.shared_bytes() + device::thread() * sizeof(Bytes16);
   }
   KLDIV_DEVICE static int slot_step() { return 2 * kPieces * piece_bytes(); }
   KLDIV_DEVICE static int piece_bytes() { return device::threads() * static_cast<int>(sizeof(Bytes16)); }

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "args.h"
 #include "cuda/launch.h"
@@ -61,11 +62,11 @@ void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes
                                                                              static_cast<size_t>(scalar_bytes), active);
   std::copy_n(std::initializer_list<int64_t>{blocks, threads, cluster, static_cast<int64_t>(bytes)}.begin(), 4, shape);
 }
-// And, where rows are streamed: blocks, threads, and how many threads share a row.
-void emulated_row_shape(int64_t rows, int64_t columns, int wide, int64_t* shape) {
-  const auto [launch, width] =
-      kldiv::cuda::row_shape(rows, columns, wide ? kldiv::cuda::kMaxSlowRowThreads : kldiv::cuda::kMaxRowThreads);
-  std::copy_n(std::initializer_list<int64_t>{launch.blocks, launch.threads, width}.begin(), 3, shape);
+// And, where rows are streamed: blocks, threads, how many threads of a block share a row, and how many blocks.
+void emulated_row_shape(int64_t rows, int64_t columns, bool wide, bool sums, int64_t* shape) {
+  const auto [launch, width, per_row] =
+      kldiv::cuda::row_shape(rows, columns, wide ? kldiv::cuda::kMaxSlowRowThreads : kldiv::cuda::kMaxRowThreads, sums);
+  std::copy_n(std::initializer_list<int64_t>{launch.blocks, launch.threads, width, per_row}.begin(), 4, shape);
 }
 
 const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,
@@ -99,6 +100,8 @@ const char* emulated_distillation(const Matrix* student, const Matrix* teacher, 
   args.row_constants = row_constants;
   args.row_loss = row_loss;
   args.loss = loss;
+  std::vector<unsigned char> scratch(kldiv::cuda::distillation_scratch(columns), 0xff);
+  if (!scratch.empty()) args.scratch = scratch.data();
   return message_of([&] { kldiv::cuda::distillation(args, nullptr); });
 }
 

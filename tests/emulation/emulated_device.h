@@ -28,18 +28,17 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
-constexpr bool kClusters = true;
-
 inline int thread() { return emulation::position().thread; }
 inline int threads() { return emulation::position().threads; }
 inline int64_t block() { return emulation::position().block; }
 inline int64_t blocks() { return emulation::position().blocks; }
 
-inline int cluster_blocks() { return emulation::position().cluster; }
-inline int cluster_rank() { return emulation::position().rank; }
-
 inline void barrier() { emulation::barrier(); }
+
+inline bool has_clusters() { return emulation::properties().clusters; }
 inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline void arrive(uint32_t* count) { emulation::arrive(count); }
+inline void await(const uint32_t* count, uint32_t target) { emulation::await(count, target); }
 
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(emulation::dynamic_shared()); }
 template <typename T>
@@ -87,14 +86,16 @@ inline void commit_copies() { emulation::commit_copies(); }
 inline void await_copies(int but) { emulation::await_copies(but); }
 
 inline const Properties& properties() { return emulation::properties(); }
-// As if any blocks could be a cluster, two of them on a multiprocessor.
+// As if any blocks could run at the same time, two of them on a multiprocessor.
 template <typename Kernel>
 int active_clusters(Kernel*, const Shape& shape) {
   const auto [capability, multiprocessors, shared_bytes, clusters] = properties();
   const int64_t per_multiprocessor = std::min<int64_t>(shared_bytes / (shape.shared_bytes + 1024), 2);
-  const bool possible = clusters && shape.cluster <= (capability < 110 ? 16 : 8);
+  const bool possible = !clusters || shape.cluster <= (capability < 110 ? 16 : 8);
   return possible ? static_cast<int>(multiprocessors * per_multiprocessor / shape.cluster) : 0;
 }
+
+inline void clear(void* memory, size_t bytes, void* /*stream*/) { std::memset(memory, 0, bytes); }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, void* /*stream*/, const Arguments&... arguments) {

@@ -26,9 +26,10 @@ namespace {
 
 constexpr int kNarrowest = 8;  // of the widths of a shuffle
 
-enum State { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kFinished };
+enum State { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kAtCount, kFinished };
 
-constexpr int kMaxCluster = 16;
+constexpr int kMaxCluster = 16;   // of a device that has clusters
+constexpr int kMaxTogether = 64;  // blocks that run at the same time, elsewhere: as many as there is memory for
 constexpr size_t kCopyBytes = 16;
 constexpr unsigned char kNothing = 0xff;  // in memory that nobody wrote to
 
@@ -164,6 +165,19 @@ class Machine {
     finish_switch(kept, &main_stack_, &main_stack_size_);
   }
 
+  void cluster_barrier() {
+    if (!properties_.clusters) fail("the device has no clusters");
+    wait(kAtClusterBarrier);
+  }
+
+  void arrive(uint32_t* count) {
+    ++*count;
+    counted_ = true;
+  }
+  void await(const uint32_t* count, uint32_t target) {
+    while (static_cast<int32_t>(*count - target) < 0) wait(kAtCount);
+  }
+
   void shuffle(void* value, size_t size, int lanes, int width) {
     if (width != kNarrowest && width != 16 && width != kWarp) fail("a shuffle within neither 8 nor 16 nor 32 lanes");
     if (lanes < 0 || lanes >= width) fail("a shuffle over more lanes than its width");
@@ -178,6 +192,7 @@ class Machine {
   void* dynamic_shared() { return shared(nullptr, shared_bytes_, kCopyBytes); }
 
   void* of_peer(const void* shared, int rank) {
+    if (!properties_.clusters) fail("the device has no clusters");
     if (rank < 0 || rank >= position_.cluster) fail("the cluster has no block of that rank");
     Block& peer = blocks_[rank];
     if (peer.stage == Block::kHasEnded) fail("the shared memory of a block that has ended");
@@ -228,11 +243,14 @@ class Machine {
     return indices;
   }
 
+  // Whether the others of a cluster go before the rest of a block that has counted a thread.
+  bool others_first() { return order_ == Order::kDescending || (order_ == Order::kRandom && random_() % 2 == 0); }
+
   void check(const Shape& shape) const {
     const auto [blocks, threads, cluster, shared_bytes] = shape;
     const bool possible = blocks >= 1 && blocks <= INT32_MAX && threads >= 1 && threads <= 1024 && threads % kWarp == 0;
-    const bool clustered = cluster == 1 || (cluster > 1 && cluster <= kMaxCluster && properties_.clusters);
-    if (possible && clustered && blocks % cluster == 0 && shared_bytes <= properties_.shared_bytes_per_block) return;
+    const bool together = cluster >= 1 && cluster <= (properties_.clusters ? kMaxCluster : kMaxTogether);
+    if (possible && together && blocks % cluster == 0 && shared_bytes <= properties_.shared_bytes_per_block) return;
     throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
                              " threads in clusters of " + std::to_string(cluster) + " with " +
                              std::to_string(shared_bytes) + " bytes of dynamic shared memory");
@@ -262,13 +280,18 @@ class Machine {
     blocks_.resize(position_.cluster);
     failure_ = nullptr;
     for (int i = 0; i < threads; ++i) fibers_[i]->restart();
+    bool counted;
     do {
+      counted = false;
       for (const int64_t rank : ordered(position_.cluster)) {
         position_.rank = static_cast<int>(rank);
         position_.block = first + rank;
-        run_block();
+        counted |= run_block();
       }
-    } while (release(0, threads, kAtClusterBarrier));
+      for (int i = 0; i < threads; ++i) {
+        if (fibers_[i]->state == kAtCount && counted) fibers_[i]->state = kReady;
+      }
+    } while (counted || release(0, threads, kAtClusterBarrier));
     if (!all(0, threads, kFinished)) throw std::runtime_error(who_waits(first));
     for (int rank = 0; rank < position_.cluster; ++rank) {
       if (position_.cluster > 1 && !blocks_[rank].is_clear()) {
@@ -278,8 +301,10 @@ class Machine {
     }
   }
 
-  // As far as it goes without the other blocks of the cluster.
-  void run_block() {
+  // As far as it goes without the other blocks of the cluster, or until a thread counts: then they may go first.
+  // Whether one did.
+  bool run_block() {
+    counted_ = false;
     if (std::exchange(block().stage, Block::kRuns) == Block::kWaits && !block().is_clear()) {
       throw std::runtime_error("block " + std::to_string(position_.block) +
                                ": a peer wrote to its shared memory before it had begun");
@@ -291,12 +316,14 @@ class Machine {
         do {
           for (const int64_t lane : lanes) resume(static_cast<int>(warp * kWarp + lane));
         } while (shuffle_warp(static_cast<int>(warp)));
+        if (counted_ && others_first()) return true;
       }
     } while (release(first, position_.threads, kAtBarrier));
     if (position_.cluster > 1 && all(first, position_.threads, kFinished)) {
       block().stage = Block::kHasEnded;
       for (auto& [_, room] : block().shared) room.clear();
     }
+    return counted_;
   }
 
   bool all(int first, int count, State state) const {
@@ -318,6 +345,7 @@ class Machine {
       for (const auto& [state, what] : {std::pair{kAtBarrier, "wait at a barrier"},
                                         {kAtClusterBarrier, "wait at a cluster barrier"},
                                         {kAtShuffle, "wait in a shuffle"},
+                                        {kAtCount, "wait for a count"},
                                         {kFinished, "have ended"}}) {
         int count = 0;
         for (int thread = 0; thread < position_.threads; ++thread) count += fiber(rank, thread).state == state;
@@ -386,6 +414,7 @@ class Machine {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Block> blocks_;  // of the cluster
   Fiber* running_ = nullptr;
+  bool counted_ = false;  // whether a thread has, since its block was last resumed
   const char* failure_ = nullptr;
   jmp_buf main_;
   const void* main_stack_ = nullptr;
@@ -408,7 +437,9 @@ const Properties& properties() { return machine.properties(); }
 void run(const Shape& shape, const std::function<void()>& body) { machine.run(shape, body); }
 const Position& position() { return machine.position(); }
 void barrier() { machine.wait(kAtBarrier); }
-void cluster_barrier() { machine.wait(kAtClusterBarrier); }
+void cluster_barrier() { machine.cluster_barrier(); }
+void arrive(uint32_t* count) { machine.arrive(count); }
+void await(const uint32_t* count, uint32_t target) { machine.await(count, target); }
 void shuffle(void* value, size_t size, int lanes, int width) { machine.shuffle(value, size, lanes, width); }
 void* shared(const void* name, size_t size, size_t alignment) { return machine.shared(name, size, alignment); }
 void* dynamic_shared() { return machine.dynamic_shared(); }

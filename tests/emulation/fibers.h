@@ -26,7 +26,8 @@ constexpr Properties kDefaultProperties = {80, 4, 100 * 1024, false};
 void set_properties(const Properties& properties);
 const Properties& properties();
 
-// Of a launch. A cluster is so many consecutive blocks; shared_bytes are the dynamic ones of each block.
+// Of a launch. A cluster is so many consecutive blocks that run at the same time, also where the device has none of its
+// own; shared_bytes are the dynamic ones of each block.
 struct Shape {
   int64_t blocks;
   int threads;
@@ -50,6 +51,10 @@ const Position& position();
 // For body(): waits for all threads of the block or of the cluster.
 void barrier();
 void cluster_barrier();
+
+// For body(): adds one to a number in the device's memory, and waits until it has come to `target`.
+void arrive(uint32_t* count);
+void await(const uint32_t* count, uint32_t target);
 
 // For body(): waits for all of the `width` lanes that this one belongs to, then replaces [value, value + size) by that
 // of the lane whose number differs from this one's in the bits of `lanes`.

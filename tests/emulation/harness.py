@@ -179,10 +179,11 @@ class Kernels:
         self.library.emulated_resident_shape(*map(_c, (rows, columns, dtype.itemsize)), shape)
         return tuple(shape)  # type: ignore[return-value]
 
-    def row_shape(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int]:
-        """Blocks, threads, and how many threads share a row, where rows are streamed."""
-        shape = (ctypes.c_int64 * 3)()
-        self.library.emulated_row_shape(*map(_c, (rows, columns, dtype == torch.float64)), shape)
+    def row_shape(self, rows: int, columns: int, dtype: torch.dtype, sums: bool = True) -> tuple[int, int, int, int]:
+        """Where rows are streamed: blocks, threads, how many threads of a block share a row, and how many blocks;
+        `sums`: whether anything is summed over a row."""
+        shape = (ctypes.c_int64 * 4)()
+        self.library.emulated_row_shape(*map(_c, (rows, columns, dtype == torch.float64, sums)), shape)
         return tuple(shape)  # type: ignore[return-value]
 
     def _call(self, name: str, *arguments: Any) -> None:

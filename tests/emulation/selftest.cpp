@@ -2,6 +2,7 @@
 // test takes away what orders it. Prints what went otherwise than expected and returns how often that was.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,11 +21,14 @@ int64_t index() { return device::block() * device::threads() + device::thread();
 
 // ---------------------------------------------------------------- one block
 
+// Where blocks meet that are no cluster: two teams of four.
+alignas(16) unsigned char meeting[2 * cuda::meeting_bytes(4 * kThreads / device::kWarp)];
+
 // Two sums, one after the other: the second one must not disturb the first.
 template <bool kCluster>
 KLDIV_KERNEL(kThreads, 1)
 two_sums(double* out) {
-  cuda::Team<kCluster> team(kThreads);
+  cuda::Team<kCluster> team(kThreads, emulation::position().cluster, meeting);
   const double first = team.all(1.0, cuda::Sum());
   const double second = team.all(first + team.thread(), cuda::Sum());
   out[device::block() * kThreads + device::thread()] = second;
@@ -114,8 +118,8 @@ KLDIV_KERNEL(kThreads, 1) read_of_nothing_in_dynamic(double* out) {
 // ---------------------------------------------------------------- clusters
 
 KLDIV_KERNEL(kThreads, 1) places(double* out) {
-  const int64_t block = device::block(), cluster = device::cluster_blocks();
-  out[index()] = device::cluster_rank() == block % cluster ? static_cast<double>(cluster) : 0;
+  const int64_t block = device::block(), cluster = emulation::position().cluster;
+  out[index()] = emulation::position().rank == block % cluster ? static_cast<double>(cluster) : 0;
 }
 
 enum Fault { kNone, kNoFirstBarrier, kNoSecondBarrier, kNoBarrierAtTheEnd, kHalfEnds, kHalfAtABarrier, kOwnBarrier };
@@ -129,26 +133,27 @@ sum_of_peers(double* out) {
   double sum = 0;
   const int opposite = device::threads() - 1 - device::thread();
   const double* peers[16];
-  for (int rank = 0; rank < device::cluster_blocks(); ++rank) peers[rank] = device::of_peer(room + opposite, rank);
+  for (int rank = 0; rank < emulation::position().cluster; ++rank) peers[rank] = device::of_peer(room + opposite, rank);
   for (const int round : {0, 1}) {
-    room[device::thread()] = device::cluster_rank() + round + device::thread();
+    room[device::thread()] = emulation::position().rank + round + device::thread();
     if (kFault != kNoFirstBarrier) device::cluster_barrier();
-    for (int rank = 0; rank < device::cluster_blocks(); ++rank) sum += *peers[rank] - opposite;
+    for (int rank = 0; rank < emulation::position().cluster; ++rank) sum += *peers[rank] - opposite;
     if (round == 0 && kFault != kNoSecondBarrier) device::cluster_barrier();
   }
   out[index()] = sum;
   if (kFault == kNoBarrierAtTheEnd) return;
-  const bool half = device::cluster_rank() == 1 && device::thread() % 2;
+  const bool half = emulation::position().rank == 1 && device::thread() % 2;
   if (kFault == kHalfEnds && half) return;
   if (kFault == kHalfAtABarrier && half) device::barrier();
-  if (kFault == kOwnBarrier && device::cluster_rank() == 1) device::barrier();  // no fault: peers need not take part
+  if (kFault == kOwnBarrier && emulation::position().rank == 1)
+    device::barrier();  // no fault: peers need not take part
   device::cluster_barrier();
 }
 constexpr double sum_of(int cluster) { return cluster * (cluster - 1) + cluster; }
 
 KLDIV_KERNEL(kThreads, 1) a_block_leaves(double* out) {
   out[index()] = 1;
-  if (device::cluster_rank() == 1) return;
+  if (emulation::position().rank == 1) return;
   device::cluster_barrier();
 }
 
@@ -169,7 +174,7 @@ KLDIV_KERNEL(kThreads, 1) peer_of_global(double* out) {
 KLDIV_KERNEL(kThreads, 1) peer_that_has_ended(double* out) {
   KLDIV_SHARED(double, room, 1);
   device::cluster_barrier();
-  if (device::cluster_rank() == 0) device::of_peer(room, 1);
+  if (emulation::position().rank == 0) device::of_peer(room, 1);
   out[index()] = 1;
 }
 
@@ -178,7 +183,7 @@ template <bool kEarly>
 KLDIV_KERNEL(kThreads, 1)
 write_to_peer(double* out) {
   KLDIV_SHARED(double, room, kThreads);
-  double* const peer = device::of_peer(room, (device::cluster_rank() + 1) % device::cluster_blocks());
+  double* const peer = device::of_peer(room, (emulation::position().rank + 1) % emulation::position().cluster);
   if (!kEarly) device::cluster_barrier();
   peer[device::thread()] = 1;
   if (kEarly) device::cluster_barrier();
@@ -187,12 +192,33 @@ write_to_peer(double* out) {
 
 KLDIV_KERNEL(kThreads, 1) write_to_peer_in_time(double* out) {
   KLDIV_SHARED(double, room, kThreads);
-  double* const peer = device::of_peer(room, (device::cluster_rank() + 1) % device::cluster_blocks());
+  double* const peer = device::of_peer(room, (emulation::position().rank + 1) % emulation::position().cluster);
   device::cluster_barrier();
-  peer[device::thread()] = device::cluster_rank();
+  peer[device::thread()] = emulation::position().rank;
   device::cluster_barrier();
-  const int cluster = device::cluster_blocks();
-  out[index()] = room[device::thread()] == (device::cluster_rank() + cluster - 1) % cluster;
+  const int cluster = emulation::position().cluster;
+  out[index()] = room[device::thread()] == (emulation::position().rank + cluster - 1) % cluster;
+}
+
+// ---------------------------------------------------------------- blocks that are no cluster
+
+uint32_t* count() { return reinterpret_cast<uint32_t*>(meeting); }
+
+// Each waits for all.
+KLDIV_KERNEL(kThreads, 1) counted(double* out) {
+  if (device::thread() == 0) {
+    device::arrive(count());
+    device::await(count(), emulation::position().cluster);
+  }
+  device::barrier();
+  out[index()] = *count();
+}
+
+KLDIV_KERNEL(kThreads, 1) a_block_does_not_arrive(double* out) {
+  out[index()] = 1;
+  if (device::thread() > 0) return;
+  if (emulation::position().rank != 1) device::arrive(count());
+  device::await(count(), emulation::position().cluster);
 }
 
 // ---------------------------------------------------------------- asynchronous copies
@@ -275,7 +301,7 @@ KLDIV_KERNEL(kThreads, 1) copy_from_shared(double* out) {
 }
 
 KLDIV_KERNEL(kThreads, 1) copy_to_peer(double* out) {
-  device::copy16_async(device::of_peer(device::dynamic_shared(), 1 - device::cluster_rank()), numbers.of);
+  device::copy16_async(device::of_peer(device::dynamic_shared(), 1 - emulation::position().rank), numbers.of);
   out[index()] = 1;
 }
 
@@ -378,6 +404,7 @@ std::string outcome(void (*kernel)(double*), const Shape& shape, double expected
        {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u}, {Order::kRandom, 2u}}) {
     emulation::set_order(order, seed);
     std::vector<double> out(shape.blocks * shape.threads, std::nan(""));
+    std::memset(meeting, 0, sizeof(meeting));
     try {
       device::launch(kernel, shape, nullptr, out.data());
     } catch (const std::runtime_error& error) {
@@ -492,7 +519,16 @@ int main() {
     std::printf("%s: %s, not %s\n", name, actual.c_str(), expected.c_str());
     ++unexpected;
   };
-  expect("a cluster where there are none", outcome(nothing_wrong, {4, 32, 2}, 1), "a launch of");
+#if defined(FAULTY_MEETING)
+  return outcome(two_sums<true>, kFours, of_two_sums(4 * kThreads)) == kRight;
+#endif
+  expect("a cluster where there are none", outcome(write_to_peer_in_time, kTriples, 1), "no clusters");
+  expect("a cluster's barrier where there are none", outcome(a_block_leaves, kPairs, 1), "no clusters");
+  expect("blocks that meet", outcome(counted, {3, kThreads, 3}, 3), kRight);
+  expect("a block does not arrive", outcome(a_block_does_not_arrive, kPairs, 1),
+         "1 threads wait for a count, 255 threads have ended; of block 1, 1 threads wait for a count");
+  expect("two sums of blocks that meet", outcome(two_sums<true>, kFours, of_two_sums(4 * kThreads)), kRight);
+  expect("65 blocks together", outcome(nothing_wrong, {65, 32, 65}, 1), "a launch of");
   emulation::Properties properties = device::properties();
   properties.clusters = true;
   emulation::set_properties(properties);
