@@ -204,7 +204,8 @@ def describe(record: Record, code: list[Instruction]) -> Record:
 
 
 def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
-    """The innermost loops that read a group of both sides in steps of 16 bytes, in the order of addresses."""
+    """The innermost loops that read a group of both sides in steps of 16 bytes and compute exponentials, in the order of
+    addresses."""
     group = 4 if dtype == "float64" else 8  # pairs; groups.h's kGroup
     index = {instruction.address: i for i, instruction in enumerate(code)}
     spans = {(index[c.target], i) for i, c in enumerate(code) if c.target in index and c.target < c.address}
@@ -214,7 +215,7 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
             continue
         counts = Counter(kind(instruction.opcode) for instruction in code[begin : end + 1])
-        if pairs_of(counts, dtype) >= group:
+        if pairs_of(counts, dtype) >= group and counts["exponentials"] > 0:
             found.append((begin, end, counts))
     found.sort(key=lambda f: f[0])
     loops = []

@@ -52,19 +52,26 @@ CODE = """
         /*0070*/               @P0 BRA 0x60 ;
         /*0080*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
         /*0090*/                   LDG.E.128 R8, desc[UR6][R2.64+0x10] ;
+        /*0098*/                   MUFU.EX2 R4, R4 ;
         /*00a0*/              @!P0 BRA 0x80 ;
         /*00b0*/                   LDG.E.EF.128 R4, desc[UR6][R2.64] ;
         /*00c0*/                   LDG.E.EF.128 R8, desc[UR6][R2.64+0x10] ;
+        /*00c8*/                   MUFU.EX2 R4, R4 ;
         /*00d0*/                   STG.E.EF.128 desc[UR6][R2.64], R4 ;
         /*00e0*/             @!UP0 BRA 0xb0 ;
         /*00f0*/                   LDG.E.EF.128 R4, desc[UR6][R2.64] ;
         /*0100*/                   LDG.E.EF.128 R8, desc[UR6][R2.64+0x10] ;
+        /*0108*/                   MUFU.EX2 R4, R4 ;
         /*0110*/                   STG.E.EF.128 desc[UR6][R2.64], R4 ;
         /*0120*/               @P2 STG.E.EF.128 desc[UR6][R4.64], R4 ;
         /*0130*/              @!P0 BRA 0xf0 ;
         /*0140*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
         /*0150*/                   STG.E.U16 desc[UR6][R2.64], R4 ;
         /*0160*/              @!P0 BRA 0x140 ;
+        /*0162*/                   LDG.E.EF.128 R4, desc[UR6][R2.64] ;
+        /*0164*/                   LDG.E.EF.128 R8, desc[UR6][R2.64+0x10] ;
+        /*0166*/                   STS.128 [R1], R4 ;
+        /*0168*/              @!P0 BRA 0x162 ;
         /*0170*/               @P3 BRA 0x0 ;
         /*0180*/                   EXIT ;
         /*0190*/                   STL [R1], R4 ;
@@ -118,24 +125,25 @@ def test_names(symbol: str, kernel: str, arguments: list[str]) -> None:
 
 def test_instructions_are_counted() -> None:
     row = records()[0]
-    assert row["instructions"] == 30
+    assert row["instructions"] == 37
     assert {name: row[name] for name in resources.COUNTED} == {
-        "loads_16": 9,
+        "loads_16": 11,
         "copies_16": 1,
         "stores_16": 3,
         "shared_loads_16": 1,
         "spills": 1,
-        "exponentials": 1,
+        "exponentials": 4,
     }
 
 
 def test_hot_loops() -> None:
-    """Neither a shuffle's loop, nor that of one side alone, nor the one over rows, nor what code moved away closes."""
+    """Neither a shuffle's loop, nor that of one side alone, nor one that only reads, nor the one over rows, nor what code
+    moved away closes."""
     assert records()[0]["loops"] == [
         {"phase": "1", "instructions": 5, "pairs": 8, "size": 5},
-        {"phase": "2", "instructions": 3, "pairs": 8, "size": 3},
-        {"phase": "2+3", "instructions": 4, "pairs": 8, "size": 4},
-        {"phase": "3", "instructions": 5, "pairs": 8, "size": 5},
+        {"phase": "2", "instructions": 4, "pairs": 8, "size": 4},
+        {"phase": "2+3", "instructions": 5, "pairs": 8, "size": 5},
+        {"phase": "3", "instructions": 6, "pairs": 8, "size": 6},
     ]
 
 
@@ -328,7 +336,7 @@ def test_table_of_resources(tmp_path: Path) -> None:
         "variant": "`forward_kl`",
         "registers": "96",
         "static shared memory": "1536",
-        "loads": "9",
+        "loads": "11",
         "copies": "1",
         "stores": "3",
         "from shared memory": "1",
@@ -336,7 +344,7 @@ def test_table_of_resources(tmp_path: Path) -> None:
         "phase 1": "1",
         "phase 2": "0",
         "phase 3": "1",
-        "phases 2 and 3 in one": "0",
+        "phases 2 and 3 in one": "1",
         "loss alone": "-",
         "blocks x threads": "2 x 256, 1 x 512",
         "occupancy": "25%",

@@ -86,18 +86,12 @@ class Resident {
     const int64_t row = fetch_next ? next_ : 0;
     const Side next_teacher(args_.teacher, scaling_.teacher, row), next_student(args_.student, scaling_.student, row);
     if (last) fetching_ = fetch_next && can_fetch(next_teacher, next_student);
+    if (pass == Pass::kFirst && !fetched_) read(teacher, student);
     const Places<acc_t> places = this->places();
     int left = places.count();
     unsigned char* slot = first_slot();
     places.for_each([&](const Place& place) {
-      if constexpr (pass == Pass::kFirst) {
-        if (fetched_) {
-          device::await_copies(--left);
-        } else {
-          put(slot, 0, teacher.template load<Use::kOnce>(place, kNoColumn));
-          put(slot, 1, student.template load<Use::kOnce>(place, kNoColumn));
-        }
-      }
+      if constexpr (pass == Pass::kFirst) device::await_copies(--left);
       body(get(slot), place);
       if constexpr (pass != Pass::kFirst) {
         if (last && fetching_) copy(next_teacher, next_student, place, slot);
@@ -136,6 +130,16 @@ class Resident {
       device::copy16_async(piece(slot, 1, i), student.at(column));
     }
     device::commit_copies();
+  }
+
+  // A row that nobody fetched.
+  KLDIV_DEVICE void read(const Side& teacher, const Side& student) {
+    unsigned char* slot = first_slot();
+    places().for_each([&](const Place& place) {
+      put(slot, 0, teacher.template load<Use::kOnce>(place, kNoColumn));
+      put(slot, 1, student.template load<Use::kOnce>(place, kNoColumn));
+      slot += slot_step();
+    });
   }
 
   KLDIV_DEVICE static Groups<acc_t> get(unsigned char* slot) { return {get(slot, 0), get(slot, 1)}; }
