@@ -280,51 +280,56 @@ struct Mixture {
 // the divergence's formulas are polynomials in delta, made of themselves; elsewhere nothing cancels.
 template <typename T>
 struct BalancedPair {
-  T larger, delta;     // as of Pair; delta may be NaN where p = q = 0
-  T gap;               // |delta| in bits, and finite
-  T teacher, student;  // p and q relative to the larger one
+  T delta, bits;  // log p - log q, also in bits; may be NaN where p = q = 0
+  T log2_p, log2_q;
 
   KLDIV_HD BalancedPair(T log_ratio, T log2_p, T log2_q)
-      : larger(exp2_floored(maximum(log2_p, log2_q))), delta(log_ratio) {
-    const T bits = absolute(log_ratio) * static_cast<Scalar<T>>(kLog2E);
-    gap = bits < kMost ? bits : splat<T>(kMost);
-    const T ratio = exp2_floored(-gap);
-    teacher = where_teacher_is_larger(splat<T>(1), ratio);
-    student = where_teacher_is_larger(ratio, splat<T>(1));
-  }
+      : delta(log_ratio), bits(log_ratio * static_cast<Scalar<T>>(kLog2E)), log2_p(log2_p), log2_q(log2_q) {}
 
-  KLDIV_HD T where_teacher_is_larger(T a, T b) const { return delta >= 0 ? a : b; }
-  KLDIV_HD T where_near(T near, T far) const { return where_less(gap, splat<T>(kLog2E), near, far); }
+  KLDIV_HD T student() const { return exp2_floored(log2_q); }
+  KLDIV_HD T larger() const { return exp2_floored(maximum(log2_p, log2_q)); }
+  KLDIV_HD T gap() const { return finite(absolute(bits)); }
+  KLDIV_HD T by_larger(T if_teacher, T if_student) const { return delta >= 0 ? if_teacher : if_student; }
+  KLDIV_HD T where_near(T near, T far) const { return where_less(absolute(delta), splat<T>(1), near, far); }
   KLDIV_HD BalancedPair exchanged() const {
     BalancedPair x = *this;
     x.delta = -delta;
-    x.teacher = student;
-    x.student = teacher;
+    x.bits = -bits;
+    x.log2_p = log2_q;
+    x.log2_q = log2_p;
     return x;
   }
 
+  // m / q and m / p.
+  KLDIV_HD T mixture_per_student(const Shares& shares) const {
+    return exp2_floored(finite(bits)) * shares.teacher.as<T>() + shares.student.as<T>();
+  }
+  KLDIV_HD T mixture_per_teacher(const Shares& shares) const {
+    return exp2_floored(finite(-bits)) * shares.student.as<T>() + shares.teacher.as<T>();
+  }
+
  private:
-  static constexpr Scalar<T> kMost = 1000;
+  // By how many bits one is larger, or so many that the other is nothing beside it.
+  KLDIV_HD static T finite(T bits) { return bits < kMost ? bits : splat<T>(kMost); }
+  static constexpr Scalar<T> kMost = 100;
 };
 
-// m relative to the larger one, and log2 of it relative to either.
+// m relative to the larger one: for terms, which may be large where either one is 0.
 template <typename T>
 struct BalancedMixture {
-  T total, above_larger, above_smaller;
+  T gap, ratio;         // as of Pair, the gap in bits
+  T total, log2_total;  // m
+  T of_smaller;         // what of it is the smaller one's
 
-  KLDIV_HD BalancedMixture(const BalancedPair<T>& x, const Shares& shares)
-      : total(x.teacher * shares.teacher.as<T>() + x.student * shares.student.as<T>()),
-        above_larger(log2_normal(total)),
-        above_smaller(above_larger + x.gap) {}
-  KLDIV_HD T above_teacher(const BalancedPair<T>& x) const {
-    return x.where_teacher_is_larger(above_larger, above_smaller);
-  }
-  KLDIV_HD T above_student(const BalancedPair<T>& x) const {
-    return x.where_teacher_is_larger(above_smaller, above_larger);
+  KLDIV_HD BalancedMixture(const BalancedPair<T>& x, const Shares& shares) : gap(x.gap()), ratio(exp2_floored(-gap)) {
+    const auto teacher_share = splat<T>(shares.teacher.as<T>()), student_share = splat<T>(shares.student.as<T>());
+    of_smaller = x.by_larger(student_share, teacher_share) * ratio;
+    total = x.by_larger(teacher_share, student_share) + of_smaller;
+    log2_total = log2_normal(total);
   }
 };
 
-// What a divergence of a mixture is for delta in [-1, 1]: term / (q delta^2), g_q / (q delta), g_p / (p delta).
+// What a divergence of a mixture is for delta in [-1, 1]: term / (m delta^2), g_q / (q delta), g_p / (p delta).
 // Relative errors up to 3e-6, where shares are balanced.
 class NearPolynomials {
  public:
@@ -334,7 +339,10 @@ class NearPolynomials {
     thread_local double known = -1;
     thread_local NearPolynomials near;
     if (const double share = divergence.shares.teacher.in_double; share != known) {
-      near.term_ = through([&](double d) { return divergence.term(Pair<double>::of(d, std::exp(d), 1)) / (d * d); });
+      near.term_ = through([&](double d) {
+        const double m = divergence.shares.teacher.in_double * std::expm1(d) + 1;
+        return divergence.term(Pair<double>::of(d, std::exp(d), 1)) / (m * d * d);
+      });
       near.grad_q_ = through([&](double d) { return divergence.grad_q(Pair<double>::of(d, std::exp(d), 1)) / d; });
       near.grad_p_ = through([&](double d) { return divergence.grad_p(Pair<double>::of(d, 1, std::exp(-d))) / d; });
       known = share;
@@ -343,8 +351,8 @@ class NearPolynomials {
   }
 
   template <typename T>
-  KLDIV_HD T term(const BalancedPair<T>& x) const {  // relative to the larger one
-    return x.student * (x.delta * x.delta) * term_(x.delta);
+  KLDIV_HD T term(const BalancedPair<T>& x) const {  // per m
+    return x.delta * x.delta * term_(x.delta);
   }
   template <typename T>
   KLDIV_HD T grad_q(const BalancedPair<T>& x) const {  // per q
@@ -441,20 +449,19 @@ struct JensenShannon {
   template <typename T>
   KLDIV_HD T term(const BalancedPair<T>& x) const {
     const BalancedMixture<T> m(x, shares);
-    const T of_teacher = x.teacher * shares.teacher.as<T>(), of_student = x.student * shares.student.as<T>();
-    const T bits = of_teacher * m.above_teacher(x) + of_student * m.above_student(x);
-    return x.larger * x.where_near(near.term(x), bits * static_cast<Scalar<T>>(-kLn2));
+    const T bits = m.total * m.log2_total + m.of_smaller * m.gap;
+    return x.larger() * x.where_near(m.total * near.term(x), bits * static_cast<Scalar<T>>(-kLn2));
   }
   // The derivatives per q and per p.
   template <typename T>
   KLDIV_HD T grad_q(const BalancedPair<T>& x) const {
     const Scalar<T> share = shares.student.as<T>() * static_cast<Scalar<T>>(-kLn2);
-    return x.where_near(near.grad_q(x), BalancedMixture<T>(x, shares).above_student(x) * share);
+    return x.where_near(near.grad_q(x), log2_normal(x.mixture_per_student(shares)) * share);
   }
   template <typename T>
   KLDIV_HD T grad_p(const BalancedPair<T>& x) const {
     const Scalar<T> share = shares.teacher.as<T>() * static_cast<Scalar<T>>(-kLn2);
-    return x.where_near(near.grad_p(x), BalancedMixture<T>(x, shares).above_teacher(x) * share);
+    return x.where_near(near.grad_p(x), log2_normal(x.mixture_per_teacher(shares)) * share);
   }
   // Whether BalancedPair will do; prepare() has to come first.
   KLDIV_HD bool is_balanced() const { return shares.are_balanced(); }
@@ -516,17 +523,23 @@ struct SkewForwardKL {
   template <typename T>
   KLDIV_HD T term(const BalancedPair<T>& x) const {
     const BalancedMixture<T> m(x, shares);
-    const T excess = m.above_teacher(x) * static_cast<Scalar<T>>(kLn2) + 1;
-    return x.larger * x.where_near(near.term(x), m.total - x.teacher * excess);
+    const T log2_per_teacher = m.log2_total + x.by_larger(T{}, m.gap);
+    const T excess = log2_per_teacher * static_cast<Scalar<T>>(kLn2) + 1;
+    return x.larger() * x.where_near(m.total * near.term(x), m.total - x.by_larger(splat<T>(1), m.ratio) * excess);
   }
   template <typename T>
   KLDIV_HD T grad_q(const BalancedPair<T>& x) const {
-    return x.where_near(near.grad_q(x), one_minus_teacher(x) * shares.student.as<T>());
+    // 1 - p / m = (1 - m / q) / (m / q) * (1 - skew) / skew
+    const T per_student = x.mixture_per_student(shares);
+    const T one_minus_teacher = (1 - per_student) * Primitives<T>::reciprocal(per_student) * inverse_odds.as<T>();
+    return x.where_near(near.grad_q(x), one_minus_teacher * shares.student.as<T>());
   }
   template <typename T>
   KLDIV_HD T grad_p(const BalancedPair<T>& x) const {
-    const T log_ratio = BalancedMixture<T>(x, shares).above_teacher(x) * static_cast<Scalar<T>>(-kLn2);
-    return x.where_near(near.grad_p(x), one_minus_teacher(x) * shares.teacher.as<T>() + log_ratio);
+    const T per_teacher = x.mixture_per_teacher(shares);
+    const T one_minus_teacher = 1 - Primitives<T>::reciprocal(per_teacher);
+    const T log_ratio = log2_normal(per_teacher) * static_cast<Scalar<T>>(-kLn2);
+    return x.where_near(near.grad_p(x), one_minus_teacher * shares.teacher.as<T>() + log_ratio);
   }
   // Likewise; but of less than a quarter of q the mixture is so close to p that digits cancel where they are far apart.
   KLDIV_HD bool is_balanced() const { return shares.are_balanced() && shares.student.in_float >= 0.25f; }
@@ -538,13 +551,6 @@ struct SkewForwardKL {
   template <typename T>
   KLDIV_HD T grad_p_shift() const {
     return -limit.as<T>();
-  }
-
- private:
-  template <typename T>
-  KLDIV_HD T one_minus_teacher(const BalancedPair<T>& x) const {  // 1 - p / m = (1 - skew) (q - p) / m
-    const T per_total = Primitives<T>::reciprocal(BalancedMixture<T>(x, shares).total);
-    return (x.student - x.teacher) * shares.student.as<T>() * per_total;
   }
 };
 

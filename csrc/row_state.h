@@ -251,7 +251,7 @@ struct SideConstants {
   // There the shifted derivative is the plain one and a constant times q.
   template <typename T, typename Divergence>
   KLDIV_HD T grad(const Divergence& divergence, const BalancedPair<T>& x, bool shifted) const {
-    return x.larger * x.student * above_slope(divergence, x, shifted);
+    return x.student() * above_slope(divergence, x, shifted);
   }
 
   // A column's gradient but for a factor: the softmax Jacobian of the derivatives.
@@ -266,7 +266,7 @@ struct SideConstants {
   }
   template <typename T, typename Divergence>
   KLDIV_HD T gradient(const Divergence& divergence, const BalancedPair<T>& x, bool shifted) const {
-    return x.larger * x.student * (above_slope(divergence, x, shifted) - sum_grad);
+    return x.student() * (above_slope(divergence, x, shifted) - sum_grad);
   }
 
  private:
