@@ -97,7 +97,7 @@ constexpr int kMeetingBlocks = 3;
 inline int64_t meeting_bytes(const device::Properties& device, int64_t columns) {
   if (device.clusters || columns < kMinResidentColumns) return 0;
   const int64_t blocks = kMeetingBlocks * device.multiprocessors;
-  return blocks * static_cast<int64_t>(meeting_bytes(kMaxClusterThreads / device::kWarp));
+  return blocks * meeting_bytes(kMaxClusterThreads / device::kWarp);
 }
 
 // A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the
@@ -112,7 +112,7 @@ device::Shape resident_shape(const device::Properties& device, int64_t rows, int
   for (const ClusterRule& rule : kClusterRules) {
     const int64_t per_step = rule.blocks * rule.threads, steps = (groups + per_step - 1) / per_step;
     const bool meets = rule.blocks > 1 && !device.clusters;
-    const size_t exchanged = meets ? 0 : exchange_bytes(static_cast<int>(per_step / device::kWarp));
+    const int exchanged = meets ? 0 : exchange_bytes(static_cast<int>(per_step / device::kWarp));
     const size_t bytes = exchanged + steps * rule.threads * 2 * kGroup<float> * scalar_bytes;
     const bool fits = rule.per_multiprocessor * (bytes + kReservedBytes) <= device.shared_bytes_per_block;
     if (!fits) continue;

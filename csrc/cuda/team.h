@@ -40,12 +40,12 @@ constexpr int kMaxBlockWarps = 1024 / device::kWarp;
 // To exchange values of up to kMaxValueBytes, all `warps` of a team with kCluster need so much at the beginning of each
 // block's dynamic shared memory.
 constexpr int kMaxValueBytes = 48;
-KLDIV_HD constexpr size_t exchange_bytes(int warps) { return 2 * static_cast<size_t>(warps) * kMaxValueBytes; }
+KLDIV_HD constexpr int exchange_bytes(int warps) { return 2 * warps * kMaxValueBytes; }
 
 // Where there are no clusters, several blocks meet in device memory instead, one room for all of them, and count who is
 // there: so much for each team, zeros at first.
-constexpr size_t kCountBytes = 128;
-KLDIV_HD constexpr size_t meeting_bytes(int warps) { return kCountBytes + exchange_bytes(warps); }
+constexpr int kCountBytes = 128;
+KLDIV_HD constexpr int meeting_bytes(int warps) { return kCountBytes + exchange_bytes(warps); }
 
 // A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or several blocks, one after the other.
 // Like a block, all of it goes through a row together. With kCluster blocks run at the same time; without, several of
@@ -59,11 +59,13 @@ class Team {
       : thread_(device::thread() % width),
         width_(width),
         rank_(static_cast<uint32_t>(device::block()) % blocks),
-        blocks_(blocks) {
+        blocks_(blocks),
+        index_(static_cast<uint32_t>(device::block()) / blocks * per_block() + device::thread() / width),
+        count_(static_cast<uint32_t>(device::blocks()) / blocks * per_block()) {
     if (kCluster && device::has_clusters()) {
       device::cluster_barrier();  // no block writes to one that has not begun
     }
-    if (meets()) memory_ = static_cast<unsigned char*>(memory) + index() * meeting_bytes(warps());
+    if (meets()) memory_ = static_cast<unsigned char*>(memory) + static_cast<size_t>(index_) * meeting_bytes(warps());
   }
 
   KLDIV_DEVICE uint32_t thread() const { return rank_ * width_ + thread_; }
@@ -74,13 +76,11 @@ class Team {
   KLDIV_DEVICE int log2_lanes() const { return 3 + lanes() / 16; }
 
   // Which of the grid's teams this is.
-  KLDIV_DEVICE uint32_t index() const {
-    return static_cast<uint32_t>(device::block()) / blocks_ * per_block() + device::thread() / width_;
-  }
-  KLDIV_DEVICE uint32_t count() const { return static_cast<uint32_t>(device::blocks()) / blocks_ * per_block(); }
+  KLDIV_DEVICE uint32_t index() const { return index_; }
+  KLDIV_DEVICE uint32_t count() const { return count_; }
 
   // How much of a block's dynamic shared memory is for exchanges.
-  KLDIV_DEVICE size_t shared_bytes() const { return meets() ? 0 : exchange_bytes(warps()); }
+  KLDIV_DEVICE int shared_bytes() const { return meets() ? 0 : exchange_bytes(warps()); }
 
   // What over_lanes makes of all threads' values, to every thread. Value{} must be neutral.
   template <typename Value, typename OverLanes>
@@ -140,6 +140,7 @@ class Team {
   KLDIV_DEVICE bool meets() const { return kCluster && !device::has_clusters() && blocks_ > 1; }
 
   const int thread_, width_, rank_, blocks_;
+  const uint32_t index_, count_;
   unsigned char* memory_ = nullptr;
   uint32_t arrivals_ = 0;  // at all meetings so far
   int turn_ = 0;
