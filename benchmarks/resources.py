@@ -204,7 +204,7 @@ def describe(record: Record, code: list[Instruction]) -> Record:
 
 
 def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
-    """The innermost loops that read a group of both sides in steps of 16 bytes and compute exponentials, in the order of
+    """The innermost loops that read a group of both sides in steps of 16 bytes and compute with it, in the order of
     addresses."""
     group = 4 if dtype == "float64" else 8  # pairs; groups.h's kGroup
     index = {instruction.address: i for i, instruction in enumerate(code)}

@@ -137,8 +137,8 @@ def test_instructions_are_counted() -> None:
 
 
 def test_hot_loops() -> None:
-    """Neither a shuffle's loop, nor that of one side alone, nor one that only reads, nor the one over rows, nor what code
-    moved away closes."""
+    """Neither a shuffle's loop, nor that of one side alone, nor one that only reads, nor the one over rows, nor what
+    code moved away closes."""
     assert records()[0]["loops"] == [
         {"phase": "1", "instructions": 5, "pairs": 8, "size": 5},
         {"phase": "2", "instructions": 4, "pairs": 8, "size": 4},
