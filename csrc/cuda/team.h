@@ -59,13 +59,11 @@ class Team {
       : thread_(device::thread() % width),
         width_(width),
         rank_(static_cast<uint32_t>(device::block()) % blocks),
-        blocks_(blocks),
-        index_(static_cast<uint32_t>(device::block()) / blocks * per_block() + device::thread() / width),
-        count_(static_cast<uint32_t>(device::blocks()) / blocks * per_block()) {
+        blocks_(blocks) {
     if (kCluster && device::has_clusters()) {
       device::cluster_barrier();  // no block writes to one that has not begun
     }
-    if (meets()) memory_ = static_cast<unsigned char*>(memory) + static_cast<size_t>(index_) * meeting_bytes(warps());
+    if (meets()) memory_ = static_cast<unsigned char*>(memory) + static_cast<size_t>(index()) * meeting_bytes(warps());
   }
 
   KLDIV_DEVICE uint32_t thread() const { return rank_ * width_ + thread_; }
@@ -75,9 +73,12 @@ class Team {
   KLDIV_DEVICE int lanes() const { return !kCluster && width_ < device::kWarp ? width_ : device::kWarp; }
   KLDIV_DEVICE int log2_lanes() const { return 3 + lanes() / 16; }
 
-  // Which of the grid's teams this is.
-  KLDIV_DEVICE uint32_t index() const { return index_; }
-  KLDIV_DEVICE uint32_t count() const { return count_; }
+  // Which of the grid's teams this is. Divided anew for each row: to be kept it would take a register, which some
+  // kernels do not have.
+  KLDIV_DEVICE uint32_t index() const {
+    return static_cast<uint32_t>(device::block()) / blocks_ * per_block() + device::thread() / width_;
+  }
+  KLDIV_DEVICE uint32_t count() const { return static_cast<uint32_t>(device::blocks()) / blocks_ * per_block(); }
 
   // How much of a block's dynamic shared memory is for exchanges.
   KLDIV_DEVICE int shared_bytes() const { return meets() ? 0 : exchange_bytes(warps()); }
@@ -140,7 +141,6 @@ class Team {
   KLDIV_DEVICE bool meets() const { return kCluster && !device::has_clusters() && blocks_ > 1; }
 
   const int thread_, width_, rank_, blocks_;
-  const uint32_t index_, count_;
   unsigned char* memory_ = nullptr;
   uint32_t arrivals_ = 0;  // at all meetings so far
   int turn_ = 0;
