@@ -215,7 +215,8 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
             continue
         counts = Counter(kind(instruction.opcode) for instruction in code[begin : end + 1])
-        if pairs_of(counts, dtype) >= group and counts["exponentials"] > 0:
+        # Without exponentials, which double has none of, a row is only brought to shared memory.
+        if pairs_of(counts, dtype) >= group and (dtype == "float64" or counts["exponentials"]):
             found.append((begin, end, counts))
     found.sort(key=lambda f: f[0])
     loops = []

@@ -311,7 +311,7 @@ struct BalancedPair {
  private:
   // By how many bits one is larger, or so many that the other is nothing beside it.
   KLDIV_HD static T finite(T bits) { return bits < kMost ? bits : splat<T>(kMost); }
-  static constexpr Scalar<T> kMost = 100;
+  static constexpr Scalar<T> kMost = 126;
 };
 
 // m relative to the larger one: for terms, which may be large where either one is 0.

@@ -46,8 +46,7 @@ KLDIV_DEVICE int64_t blocks() { return gridDim.x; }
 // Waits for all threads of the block; what they wrote to shared memory is then seen by all.
 KLDIV_DEVICE void barrier() { __syncthreads(); }
 
-// Blocks that run at the same time, as many as Shape::cluster says. In code for sm_90 and up these are a cluster and
-// see each other's shared memory; other blocks find each other's numbers in device memory.
+// Clusters: blocks that run at the same time and see each other's shared memory; in code for sm_90 and up.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 KLDIV_DEVICE constexpr bool has_clusters() { return true; }
 // barrier() for all blocks of the cluster.
@@ -66,8 +65,9 @@ KLDIV_DEVICE T* of_peer(T* shared, int) {
 }
 #endif
 
-// For a thread of each block that runs at the same time as others. Counts it, once its block's barrier() is behind it:
-// what that block wrote until then is seen by those that await this count.
+// Numbers in device memory that blocks count by. The next one, from 0:
+KLDIV_DEVICE uint32_t next(uint32_t* count) { return atomicAdd(count, 1); }
+// Adds one, once the block's barrier() is behind it: what it wrote until then is seen by those that await this count.
 KLDIV_DEVICE void arrive(uint32_t* count) {
   __threadfence();
   atomicAdd(count, 1);
@@ -182,7 +182,7 @@ KLDIV_DEVICE void store16_once(void* p, const Bytes16& b) {
 struct Properties {
   int multiprocessors;
   size_t shared_bytes_per_block;
-  bool clusters;  // on the device, and in the code that it runs: a driver may have compiled older PTX for it
+  bool clusters;  // in the code that the device runs: of a driver that compiled older PTX for it there are none
 };
 
 namespace detail {
@@ -201,8 +201,7 @@ inline Properties ask_properties() {
   cudaFuncAttributes attributes = {};
   cudaFuncGetAttributes(&attributes, nothing<>);
   return {attribute(cudaDevAttrMultiProcessorCount),
-          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          attribute(cudaDevAttrClusterLaunch) != 0 && attributes.ptxVersion >= 90};
+          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)), attributes.ptxVersion >= 90};
 }
 }  // namespace detail
 
@@ -219,29 +218,23 @@ inline const Properties& properties() {
 struct Shape {
   int64_t blocks;
   int threads;
-  int cluster = 1;  // so many blocks, one after the other, run at the same time
+  int cluster = 1;  // blocks that work together: a cluster where there are clusters
   size_t shared_bytes = 0;
 };
 
 namespace detail {
-// A launch without a stream; `attribute` has to live as long as it. Where there are no clusters, all of a launch's
-// blocks run at the same time, or it fails.
-inline cudaLaunchConfig_t configuration(const Shape& shape, bool clusters, cudaLaunchAttribute& attribute) {
+// A launch without a stream; `cluster` has to live as long as it.
+inline cudaLaunchConfig_t configuration(const Shape& shape, cudaLaunchAttribute& cluster) {
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(shape.blocks);
   config.blockDim = static_cast<unsigned>(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
-  attribute = {};
-  if (clusters) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 && properties().clusters ? 1 : 0;
   return config;
 }
 
@@ -251,8 +244,6 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
   cudaFuncAttributes attributes = {};
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
   const Properties& device = properties();
-  const bool several = shape.cluster > 1;
-  if (several && !device.clusters && attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
   // Not what this launch needs but all there is: it holds for all threads of the process.
   const int most = static_cast<int>(device.shared_bytes_per_block - attributes.sharedSizeBytes);
   if (shape.shared_bytes > static_cast<size_t>(most)) return 0;
@@ -260,10 +251,10 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   int clusters = 0;
   cudaError_t error;
-  if (several && device.clusters) {
+  if (shape.cluster > 1 && device.clusters) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configuration(shape, true, attribute);
+    cudaLaunchAttribute cluster;
+    const cudaLaunchConfig_t config = configuration(shape, cluster);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   } else {
     int blocks = 0;
@@ -276,8 +267,8 @@ int ask_active_clusters(Kernel* kernel, const Shape& shape) {
 }
 }  // namespace detail
 
-// How many clusters of a shape run at a time on the current device, to be asked before a launch with several blocks
-// that do, or with dynamic shared memory; 0 where the shape does not fit.
+// How many clusters of a shape run at a time on the current device, to be asked before a launch with clusters or
+// dynamic shared memory; 0 where the shape does not fit.
 template <typename Kernel>
 int active_clusters(Kernel* kernel, const Shape& shape) {
   thread_local std::map<std::tuple<Kernel*, int, int, int, size_t>, int> known;
@@ -295,8 +286,8 @@ inline void clear(void* memory, size_t bytes, void* stream) {
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute;
-  cudaLaunchConfig_t config = detail::configuration(shape, properties().clusters, attribute);
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = detail::configuration(shape, cluster);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }

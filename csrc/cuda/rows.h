@@ -332,7 +332,7 @@ distil_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence dive
   RowDistillation<Streamed<Side>, Divergence>(args, divergence, scaling, team)();
 }
 
-// `blocks` that run at the same time share a row.
+// `blocks` share a row.
 template <typename Side, typename Divergence>
 KLDIV_KERNEL(kMaxClusterThreads, kClusterBlocksPerMultiprocessor)
 distil_resident_rows(KLDIV_ARGUMENT DistillationArgs args, KLDIV_ARGUMENT Divergence divergence,
@@ -360,12 +360,13 @@ void launch_rows(const DistillationArgs& args, void* stream) {
       if (args.row_loss) {  // a backward of its own reads a row but once as it is
         const auto kernel = distil_resident_rows<Side, Divergence>;
         const auto active = [&](const device::Shape& shape) { return device::active_clusters(kernel, shape); };
-        const device::Properties& device = device::properties();
+        const device::Properties& properties = device::properties();
         const device::Shape shape =
-            resident_shape(device, args.rows, args.columns, sizeof(typename Side::scalar_t), active);
+            resident_shape(properties, args.rows, args.columns, sizeof(typename Side::scalar_t), active);
         if (shape.blocks > 0) {
-          if (shape.cluster > 1 && !device.clusters) {
-            device::clear(args.scratch, meeting_bytes(device, args.columns), stream);
+          if (shape.cluster > 1 && !properties.clusters) {
+            const int warps = shape.cluster * shape.threads / device::kWarp;
+            device::clear(args.scratch, meeting_bytes(shape.blocks / shape.cluster, warps), stream);
           }
           return device::launch(kernel, shape, stream, args, divergence, scaling, shape.cluster);
         }

@@ -35,7 +35,7 @@ constexpr int kMaxRowThreads = 512, kMaxSlowRowThreads = 256;
 constexpr int kSharedBlockThreads = 128;
 // Enough blocks to fill any device many times over; beyond it a block takes several rows.
 constexpr int64_t kMaxRowBlocks = 65536;
-// Enough to fill any device. Where fewer rows than that are read but once, several blocks share each.
+// Enough to fill any device. Where there are at most half as many rows, read but once, several blocks share each.
 constexpr int64_t kFewRowBlocks = 1024;
 
 struct RowShape {
@@ -58,8 +58,8 @@ inline RowShape row_shape(int64_t rows, int64_t columns, int max_threads, bool s
 
 // ---------------------------------------------------------------- rows that stay on the chip
 
-// The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks that
-// run at the same time. Those come first that have few threads for a row: what each does but once for it, an exchange
+// The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
+// Those come first that have few threads for a row: what each does but once for it, an exchange
 // above all, is then the least.
 struct ClusterRule {
   int blocks, threads;
@@ -78,7 +78,7 @@ constexpr ClusterRule kClusterRules[] = {
     {7, 256, 2},   //
     {8, 256, 2},   // the largest cluster that all devices with clusters have
     {16, 256, 2},  // what data centres' GPUs have besides; of sizes between fewer fit a part of such a GPU
-    {32, 256, 2},  // only where blocks need not be a cluster
+    {32, 256, 2},  // only where there are no clusters
     {8, 256, 1},   // nobody computes while it waits, but the next row is fetched during this one's last pass
     {16, 256, 1},  // likewise
     {32, 256, 1},  // likewise; longer rows are streamed
@@ -96,8 +96,7 @@ constexpr size_t kReservedBytes = 1024;
 constexpr int kMeetingBlocks = 3;
 inline int64_t meeting_bytes(const device::Properties& device, int64_t columns) {
   if (device.clusters || columns < kMinResidentColumns) return 0;
-  const int64_t blocks = kMeetingBlocks * device.multiprocessors;
-  return blocks * meeting_bytes(kMaxClusterThreads / device::kWarp);
+  return meeting_bytes(kMeetingBlocks * device.multiprocessors, kMaxClusterThreads / device::kWarp);
 }
 
 // A cluster for rows of so many columns: the shape of the first rule that holds them and of which active(shape), the

@@ -43,13 +43,15 @@ constexpr int kMaxValueBytes = 48;
 KLDIV_HD constexpr int exchange_bytes(int warps) { return 2 * warps * kMaxValueBytes; }
 
 // Where there are no clusters, several blocks meet in device memory instead, one room for all of them, and count who is
-// there: so much for each team, zeros at first.
+// there. So much for so many teams, zeros at first. Which blocks are a team follows from the order in which they start:
+// so only the last to start can be waiting for one that has not, while the others get on and make room for it.
 constexpr int kCountBytes = 128;
-KLDIV_HD constexpr int meeting_bytes(int warps) { return kCountBytes + exchange_bytes(warps); }
+KLDIV_HD constexpr int64_t meeting_bytes(int64_t teams, int warps) {
+  return kCountBytes + teams * (kCountBytes + exchange_bytes(warps));
+}
 
 // A team: 8, 16 or 32 lanes of a warp, so that a block has several; or a block; or several blocks, one after the other.
-// Like a block, all of it goes through a row together. With kCluster blocks run at the same time; without, several of
-// them exchange nothing.
+// Like a block, all of it goes through a row together. Several blocks exchange something with kCluster alone.
 template <bool kCluster>
 class Team {
  public:
@@ -58,12 +60,13 @@ class Team {
   KLDIV_DEVICE explicit Team(int width, int blocks = 1, void* memory = nullptr)
       : thread_(device::thread() % width),
         width_(width),
-        rank_(static_cast<uint32_t>(device::block()) % blocks),
-        blocks_(blocks) {
+        blocks_(blocks),
+        started_(meets() ? start(memory) : 0),
+        rank_(block() % blocks) {
     if (kCluster && device::has_clusters()) {
       device::cluster_barrier();  // no block writes to one that has not begun
     }
-    if (meets()) memory_ = static_cast<unsigned char*>(memory) + static_cast<size_t>(index()) * meeting_bytes(warps());
+    if (meets()) memory_ = static_cast<unsigned char*>(memory) + meeting_bytes(index(), warps());
   }
 
   KLDIV_DEVICE uint32_t thread() const { return rank_ * width_ + thread_; }
@@ -75,9 +78,7 @@ class Team {
 
   // Which of the grid's teams this is. Divided anew for each row: to be kept it would take a register, which some
   // kernels do not have.
-  KLDIV_DEVICE uint32_t index() const {
-    return static_cast<uint32_t>(device::block()) / blocks_ * per_block() + device::thread() / width_;
-  }
+  KLDIV_DEVICE uint32_t index() const { return block() / blocks_ * per_block() + device::thread() / width_; }
   KLDIV_DEVICE uint32_t count() const { return static_cast<uint32_t>(device::blocks()) / blocks_ * per_block(); }
 
   // How much of a block's dynamic shared memory is for exchanges.
@@ -135,12 +136,24 @@ class Team {
     }
   }
 
+  // How many blocks had started before this one.
+  KLDIV_DEVICE static uint32_t start(void* memory) {
+    uint32_t* const before = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+    if (device::thread() == 0) *before = device::next(static_cast<uint32_t*>(memory));
+    device::barrier();
+    const uint32_t started = *before;
+    device::barrier();
+    return started;
+  }
+  KLDIV_DEVICE uint32_t block() const { return meets() ? started_ : static_cast<uint32_t>(device::block()); }
   KLDIV_DEVICE int per_block() const { return device::threads() / width_; }
   KLDIV_DEVICE int warps() const { return threads() / device::kWarp; }
   // Whether its blocks have to meet in device memory.
   KLDIV_DEVICE bool meets() const { return kCluster && !device::has_clusters() && blocks_ > 1; }
 
-  const int thread_, width_, rank_, blocks_;
+  const int thread_, width_, blocks_;
+  const uint32_t started_;
+  const int rank_;
   unsigned char* memory_ = nullptr;
   uint32_t arrivals_ = 0;  // at all meetings so far
   int turn_ = 0;

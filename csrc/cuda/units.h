@@ -32,7 +32,7 @@ KLDIV_HD float where_equal(float x, float y, float a, float b) {
   return device::where_equal(x, y, a, b);
 }
 
-// Of use in sums alone: what underflows is 0 here.
+// What underflows is 0 here.
 template <>
 KLDIV_HD float exp2_floored(float x) {
   return device::exp2_approx(x);

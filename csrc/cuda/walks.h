@@ -52,7 +52,7 @@ class Streamed {
   const TeamType& team_;
 };
 
-// The blocks of a cluster hold a row in their shared memory, each thread what it is going to work on: nobody waits for
+// The blocks of a team hold a row in their shared memory, each thread what it is going to work on: nobody waits for
 // another's part. As soon as a group has been used for the last time, the next row's begins to move into its place.
 template <typename SideType>
 class Resident {

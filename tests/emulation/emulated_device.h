@@ -37,6 +37,7 @@ inline void barrier() { emulation::barrier(); }
 
 inline bool has_clusters() { return emulation::properties().clusters; }
 inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline uint32_t next(uint32_t* count) { return (*count)++; }
 inline void arrive(uint32_t* count) { emulation::arrive(count); }
 inline void await(const uint32_t* count, uint32_t target) { emulation::await(count, target); }
 

@@ -22,7 +22,7 @@ int64_t index() { return device::block() * device::threads() + device::thread();
 // ---------------------------------------------------------------- one block
 
 // Where blocks meet that are no cluster: two teams of four.
-alignas(16) unsigned char meeting[2 * cuda::meeting_bytes(4 * kThreads / device::kWarp)];
+alignas(16) unsigned char meeting[cuda::meeting_bytes(2, 4 * kThreads / device::kWarp)];
 
 // Two sums, one after the other: the second one must not disturb the first.
 template <bool kCluster>
