@@ -59,8 +59,8 @@ inline RowShape row_shape(int64_t rows, int64_t columns, int max_threads, bool s
 // ---------------------------------------------------------------- rows that stay on the chip
 
 // The first rule that holds a row, student's and teacher's logits together, in the shared memory of so many blocks.
-// Those come first that have few threads for a row: what each does but once for it, an exchange
-// above all, is then the least.
+// Those come first that have few threads for a row: what each does but once for it, an exchange above all, is then the
+// least.
 struct ClusterRule {
   int blocks, threads;
   int per_multiprocessor;  // so many blocks must fit: while one waits the others compute
