@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import functional
+from . import checks, functional
 
 
 class KLDivLoss(nn.KLDivLoss):
@@ -70,7 +70,7 @@ class DistillationLoss(nn.Module):
             "logit_scale": logit_scale,
             "inplace_backward": inplace_backward,
         }
-        functional.check_options(**self.options)
+        checks.check_options(**self.options)
 
     def forward(
         self,

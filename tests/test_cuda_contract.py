@@ -374,7 +374,7 @@ def test_stream_of_the_second_device(device: str, name: str) -> None:
 @TWO_DEVICES
 def test_two_devices_in_one_call(device: str) -> None:
     student, teacher = make_pair(*SHAPE)
-    with pytest.raises(ValueError, match="teacher_logits must be on student_logits' device"):
+    with pytest.raises(ValueError, match="teacher_logits must be on the device of student_logits"):
         distillation_loss(student.to("cuda:0"), teacher.to("cuda:1"))
 
 
