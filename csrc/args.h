@@ -41,7 +41,7 @@ struct Output {
   Dtype dtype = Dtype::kFloat32;
 };
 
-// The gradient of logits, in rows of their own length; it may lie over the logits themselves.
+// The gradient of logits, in rows of their own length; it may have another dtype, or lie over the logits themselves.
 struct LogitsGradient {
   Output out;
   RowLayout layout;

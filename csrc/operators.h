@@ -198,16 +198,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   return {loss, row_constants, student_gradient, teacher_gradient};
 }
 
+inline void set_grad_output(DistillationArgs& args, const char* op, const Tensor& grad_output, const Tensor& student) {
+  check_rows(op, "grad_output", grad_output, scalar_type_of(args.acc_dtype()), args.rows, student, true);
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_stride = grad_output.dim() > 0 ? 1 : 0;
+}
+
 inline void set_backward(DistillationArgs& args, const char* op, const Tensor& grad_output, const Tensor& row_constants,
                          const Tensor& student) {
-  check_rows(op, "grad_output", grad_output, scalar_type_of(args.acc_dtype()), args.rows, student, true);
+  set_grad_output(args, op, grad_output, student);
   STD_TORCH_CHECK(dtype_of(row_constants) == args.acc_dtype() && row_constants.is_contiguous() &&
                       row_constants.device() == student.device() &&
                       row_constants.numel() == args.rows * RowConstants<float>::kCount,
                   "kldiv_ext::", op, ": row_constants must be what distillation_loss returned");
   args.row_constants = const_cast<void*>(row_constants.const_data_ptr());
-  args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_stride = grad_output.dim() > 0 ? 1 : 0;
 }
 
 template <typename Device>
@@ -247,6 +251,38 @@ Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor te
   if (grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return teacher_gradient;
+}
+
+template <typename Device>
+void distillation_loss_out(Tensor student, Tensor teacher, std::optional<Tensor> labels,
+                           std::optional<Tensor> row_scale, double soft_scale, double hard_scale, std::string reduction,
+                           std::string divergence, double parameter, double temperature, std::vector<double> scales,
+                           std::vector<double> softcaps, std::optional<int64_t> valid_vocab,
+                           std::optional<Tensor> grad_output, Tensor row_loss, std::optional<Tensor> student_gradient,
+                           std::optional<Tensor> teacher_gradient) {
+  const char* op = "distillation_loss_out";
+  STD_TORCH_CHECK(reduction == "none", "kldiv_ext::", op, ": reduction must be none");
+  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
+                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  const ScalarType acc = scalar_type_of(args.acc_dtype());
+  check_rows(op, "row_loss", row_loss, acc, args.rows, student);
+  Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
+  const int64_t scratch_bytes = Device::distillation_scratch(args.columns, student);
+  Tensor scratch = scratch_bytes > 0 ? torch::stable::new_empty(student, {scratch_bytes}, ScalarType::Byte) : row_loss;
+  if (grad_output.has_value()) set_grad_output(args, op, *grad_output, student);
+  args.row_loss = row_loss.mutable_data_ptr();
+  args.row_constants = row_constants.mutable_data_ptr();
+  if (scratch_bytes > 0) args.scratch = scratch.mutable_data_ptr();
+  args.wanted = {student_gradient.has_value(), teacher_gradient.has_value()};
+  if (args.wanted.student) {
+    check_pair(op, *student_gradient, student);
+    args.grad_student = logits_gradient(*student_gradient);
+  }
+  if (args.wanted.teacher) {
+    check_pair(op, *teacher_gradient, teacher);
+    args.grad_teacher = logits_gradient(*teacher_gradient);
+  }
+  Device::distillation(args, student);
 }
 
 template <typename Device>
@@ -350,6 +386,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
   m.impl("distillation_loss", TORCH_BOX(&::kldiv::distillation_loss<Device>));                     \
   m.impl("distillation_loss_backward", TORCH_BOX(&::kldiv::distillation_loss_backward<Device>));   \
   m.impl("distillation_loss_backward_", TORCH_BOX(&::kldiv::distillation_loss_backward_<Device>)); \
+  m.impl("distillation_loss_out", TORCH_BOX(&::kldiv::distillation_loss_out<Device>));             \
   m.impl("token_stats", TORCH_BOX(&::kldiv::token_stats<Device>));                                 \
   m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                           \
   m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                           \

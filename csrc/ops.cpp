@@ -31,6 +31,20 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   m.def(
       "distillation_loss_backward_(Tensor grad_output, Tensor(a!) student, Tensor teacher, Tensor "
       "row_constants, " KLDIV_OPTIONS ", bool grad_teacher) -> Tensor grad_teacher");
+  // Losses, times row_scale as above, and gradients, times grad_output ([] or [rows]), in one call, into given tensors.
+  // A gradient may have another dtype than its logits, or lie over them; reduction is none.
+  m.def("distillation_loss_out(Tensor student, Tensor teacher, " KLDIV_OPTIONS
+        ", Tensor? grad_output, Tensor(a!) row_loss, Tensor(b!)? grad_student, Tensor(c!)? grad_teacher) -> ()");
+  // The same as distillation_loss from hidden states, [..., hidden]: logits are hidden @ weight.T + bias, or, of a
+  // teacher without a weight, what is given. They exist for some rows at a time: chunk_size of them or, where that is
+  // None, as many as max_workspace bytes hold. Products are computed in autocast_dtype where there is one. Loss, and
+  // the gradients that are `wanted`, of the first six arguments; one not made is [0]. Implemented in linear.py.
+  m.def(
+      "linear_distillation_loss(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor teacher, "
+      "Tensor? teacher_weight, Tensor? teacher_bias, " KLDIV_OPTIONS
+      ", Tensor? grad_output, ScalarType? autocast_dtype, int max_workspace, int? chunk_size, bool[] wanted) "
+      "-> (Tensor loss, Tensor grad_student, Tensor grad_student_weight, Tensor grad_student_bias, "
+      "Tensor grad_teacher, Tensor grad_teacher_weight, Tensor grad_teacher_bias)");
   // Row by row, [rows, 9]: what kldiv_ext.TokenStats lists; zeros where row_scale is 0.
   m.def(
       "token_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_scale, float temperature, "

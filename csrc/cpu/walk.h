@@ -449,7 +449,8 @@ class RowWalk : RowReader<acc_t> {
   };
 
   // One side's gradient, and where its bare derivatives wait for their sum: in the gradient itself where it has room
-  // for all their digits, else in a row that each thread keeps, unless that would be large.
+  // for all their digits and nobody reads anything else there, else in a row that each thread keeps, unless that would
+  // be large.
   struct Gradient {
     static constexpr int64_t kLongest = 131072;  // half a megabyte of float
 
@@ -461,7 +462,7 @@ class RowWalk : RowReader<acc_t> {
           made(to.out.data != nullptr),
           waits(made && !sums_to_zero),
           shared(made && to.out.data == side.logits.data) {
-      if (!waits || (to.out.dtype == args.acc_dtype() && to.layout.column_stride == 1)) {
+      if (!waits || (to.out.dtype == args.acc_dtype() && to.layout.column_stride == 1 && !shared)) {
         bare = to;
       } else if (args.row_loss && args.columns <= kLongest) {
         row.reset(new acc_t[args.columns]);

@@ -11,9 +11,9 @@ int64_t distillation_scratch(int64_t columns) { return meeting_bytes(device::pro
 void distillation(const DistillationArgs& args, void* stream) {
   const bool wide = args.acc_dtype() == Dtype::kFloat64;
   if (args.rows > 0) {
-    // A gradient has its logits' dtype.
-    if (is_dense(args) && is_dense(args.grad_student) && is_dense(args.grad_teacher)) {
-      dispatch_dtype(args.student.dtype, [&](auto type) { launch_rows<DenseSide<decltype(type)>>(args, stream); });
+    const Dtype dtype = args.student.dtype;
+    if (is_dense(args) && is_dense(args.grad_student, dtype) && is_dense(args.grad_teacher, dtype)) {
+      dispatch_dtype(dtype, [&](auto type) { launch_rows<DenseSide<decltype(type)>>(args, stream); });
     } else {
       wide ? launch_rows<AnySide<double>>(args, stream) : launch_rows<AnySide<float>>(args, stream);
     }

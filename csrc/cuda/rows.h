@@ -118,10 +118,12 @@ class RowDistillation : RowReader<Walk> {
     const acc_t grad =
         args_.grad_output ? static_cast<const acc_t*>(args_.grad_output)[row * args_.grad_output_stride] : 1;
     RowState<acc_t> least, state;
+    acc_t label_logit = 0;  // read before phase 1: the gradient may lie over the logits
     if (forward && labelled) {
       // Nothing of the cross entropy cancels if the label's logit is not above what all is relative to.
+      label_logit = student.logit(label);
       least.teacher.max = least.beside_student_max = teacher.logit(label);
-      least.student.max = least.beside_teacher_max = student.logit(label);
+      least.student.max = least.beside_teacher_max = label_logit;
     }
     const bool references = needs_sums_of_gradients();
     bool one_pass = OnePass<Divergence> && forward && !gradients && !references;
@@ -149,7 +151,7 @@ class RowDistillation : RowReader<Walk> {
     if (forward) {
       acc_t loss = 0;
       if (labelled) {
-        loss = hard * cross_entropy(student.logit(label), constants.student.max, constants.hard_log2_sum,
+        loss = hard * cross_entropy(label_logit, constants.student.max, constants.hard_log2_sum,
                                     scaling_.hard_inverse_temperature);
       }
       RowSums<acc_t> total;

@@ -59,8 +59,10 @@ inline bool is_dense(const LogitsArgs& args) {
   return args.student.dtype == args.teacher.dtype && args.student.layout.column_stride == 1 &&
          args.teacher.layout.column_stride == 1 && scaling.student.is_identity() && scaling.teacher.is_identity();
 }
-inline bool is_dense(const LogitsGradient& gradient) {
-  return gradient.out.data == nullptr || gradient.layout.column_stride == 1;
+inline bool is_dense(const LogitsGradient& gradient, Dtype logits) {
+  const Dtype dtype = gradient.out.dtype;
+  const bool narrowed = logits == Dtype::kFloat32 && (dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16);
+  return gradient.out.data == nullptr || (gradient.layout.column_stride == 1 && (dtype == logits || narrowed));
 }
 
 // scalar_t, side by side, as they are.
@@ -88,20 +90,36 @@ class DenseSide {
   KLDIV_DEVICE Group<acc_t> chained(const Group<acc_t>& gradient, const Place&) const { return gradient; }
 
   // A row of a gradient from column `begin` on, and a group of it.
-  using Target = scalar_t*;
+  using Target = void*;
   KLDIV_DEVICE static Target target(const LogitsGradient& to, int64_t row, int64_t begin = 0) {
-    return static_cast<scalar_t*>(to.out.data) + row_offset(to.layout, row) + begin;
+    Target target = nullptr;
+    with_dtype(to, [&](auto type) {
+      target = static_cast<decltype(type)*>(to.out.data) + row_offset(to.layout, row) + begin;
+    });
+    return target;
   }
-  KLDIV_DEVICE static void store(const LogitsGradient&, Target row, const Place& place, const Group<acc_t>& group) {
-    scalar_t* const data = row + place.first;
-    if (place.shift == 0 && is_aligned(data)) {
-      store_aligned(data, group);
-    } else {
-      store_apart(data, place.stride(), place.n, group);
-    }
+  KLDIV_DEVICE static void store(const LogitsGradient& to, Target row, const Place& place, const Group<acc_t>& group) {
+    with_dtype(to, [&](auto type) {
+      auto* const data = static_cast<decltype(type)*>(row) + place.first;
+      if (place.shift == 0 && is_aligned(data)) {
+        store_aligned(data, group);
+      } else {
+        store_apart(data, place.stride(), place.n, group);
+      }
+    });
   }
 
  private:
+  // A gradient has its logits' dtype or, of float logits, one of 16 bits.
+  template <typename Function>
+  KLDIV_DEVICE static void with_dtype(const LogitsGradient& to, const Function& function) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (to.out.dtype == Dtype::kBFloat16) return function(BFloat16{});
+      if (to.out.dtype == Dtype::kFloat16) return function(Float16{});
+    }
+    function(scalar_t{});
+  }
+
   const scalar_t* row_;
 };
 
