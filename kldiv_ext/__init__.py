@@ -2,8 +2,8 @@
 
 from . import reference
 from ._library import DIVERGENCES as _DIVERGENCES
-from .functional import TokenStats, distillation_loss, kl_div, token_stats
-from .modules import DistillationLoss, KLDivLoss
+from .functional import TokenStats, distillation_loss, kl_div, linear_distillation_loss, token_stats
+from .modules import DistillationLoss, KLDivLoss, LinearDistillationLoss
 
 __version__ = "0.1.0"
 
@@ -14,9 +14,11 @@ __all__ = [
     "DIVERGENCES",
     "DistillationLoss",
     "KLDivLoss",
+    "LinearDistillationLoss",
     "TokenStats",
     "distillation_loss",
     "kl_div",
+    "linear_distillation_loss",
     "reference",
     "token_stats",
 ]

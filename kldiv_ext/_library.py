@@ -95,6 +95,33 @@ def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> T
     return _gradient(teacher, options[-1])
 
 
+@torch.library.register_fake("kldiv_ext::distillation_loss_out")
+def _(student: Tensor, teacher: Tensor, *options: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("kldiv_ext::linear_distillation_loss")
+def _(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor | None,
+    soft_scale: float,
+    hard_scale: float,
+    reduction: str,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    wanted = options[-1]
+    shape = [student.numel() // student.shape[-1]] if reduction == "none" else []
+    sources = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    gradients = (_gradient(student if t is None else t, w) for t, w in zip(sources, wanted, strict=True))
+    return student.new_empty(shape, dtype=accumulation_dtype(student, teacher)), *gradients
+
+
 @torch.library.register_fake("kldiv_ext::token_stats")
 def _(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
     rows = student.numel() // student.shape[-1]

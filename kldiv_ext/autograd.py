@@ -7,7 +7,7 @@ while gradients are tracked: there a plain composite takes over as well, instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._library import accumulation_dtype, library, ops
+from .linear import Models, Workspace
 
 
 class Options(NamedTuple):
@@ -145,7 +146,11 @@ class DistillationLoss(torch.autograd.Function):
         if _differentiated(grad_output):
             if ctx.in_place:
                 raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again or batched")
-            computed = _plain_gradients(grad_output, student, teacher, labels, row_scale, ctx.options, wanted)
+
+            def plain(student: Tensor, teacher: Tensor) -> Tensor:
+                return plain_distillation_loss(student, teacher, labels, row_scale, ctx.options)
+
+            computed = _gradients(plain, (student, teacher), wanted, grad_output)
         elif ctx.early:
             computed = [_scaled(g, grad_output) if w else g for g, w in zip(computed, wanted, strict=True)]
         else:
@@ -159,6 +164,77 @@ class DistillationLoss(torch.autograd.Function):
         return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None, None, None
 
 
+def plain_linear_distillation_loss(
+    models: Models, labels: Tensor | None, row_scale: Tensor | None, options: Options
+) -> Tensor:
+    """What the operator `linear_distillation_loss` returns as its loss, from plain operators in float64."""
+
+    def logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is None:
+            return hidden
+        if row_scale is not None:  # 0 * nan would get into the weight's gradient
+            hidden = hidden.masked_fill((row_scale == 0).reshape(hidden.shape[:-1])[..., None], 0)
+        product = hidden.double() @ weight.double().t()
+        return product if bias is None else product + bias.double()
+
+    student = logits(models.student, models.student_weight, models.student_bias)
+    teacher = logits(models.teacher, models.teacher_weight, models.teacher_bias)
+    dtype = accumulation_dtype(models.student, models.teacher)
+    return plain_distillation_loss(student, teacher, labels, row_scale, options).to(dtype)
+
+
+class LinearDistillationLoss(torch.autograd.Function):
+    """linear_distillation_loss with its gradients, made in forward or in backward as those of `DistillationLoss` are;
+    in backward the logits are computed again. All of `models` are saved, for a backward that is to be differentiated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher: Tensor,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        labels: Tensor | None,
+        row_scale: Tensor | None,
+        options: Options,
+        workspace: Workspace,
+    ) -> Tensor:
+        models = Models(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+        wanted = ctx.needs_input_grad[:6]
+        ctx.options, ctx.workspace = options, workspace
+        dtypes = workspace.product_dtypes(models)
+        ctx.early = options.reduction != "none" and all(
+            dtype != torch.float16 or not any(w) for dtype, w in zip(dtypes, (wanted[:3], wanted[3:]), strict=True)
+        )
+        now = [w and ctx.early for w in wanted]
+        loss, *gradients = _run(
+            ops.linear_distillation_loss.default, *models, labels, row_scale, *options, None, *workspace, now
+        )
+        _save(ctx, *models, labels, row_scale, *(gradients if ctx.early else []))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:6]
+        saved = _saved(ctx)
+        models, (labels, row_scale, *computed) = Models(*saved[:6]), saved[6:]
+        if _differentiated(grad_output):
+
+            def plain(*views: Any) -> Tensor:
+                return plain_linear_distillation_loss(Models(*views), labels, row_scale, ctx.options)
+
+            computed = _gradients(plain, models, wanted, grad_output)
+        elif ctx.early:
+            computed = [_scaled(g, grad_output) if w else g for g, w in zip(computed, wanted, strict=True)]
+        else:
+            arguments = (*models, labels, row_scale, *ctx.options, grad_output.contiguous(), *ctx.workspace)
+            computed = _run(ops.linear_distillation_loss.default, *arguments, list(wanted))[1:]
+        return *(g if w else None for g, w in zip(computed, wanted, strict=True)), None, None, None, None
+
+
 def _differentiated(grad_output: Tensor, *saved: Tensor | None) -> bool:
     """Whether a backward is itself differentiated or transformed. The compiler never does that to a Function."""
     if torch.compiler.is_compiling():
@@ -167,23 +243,16 @@ def _differentiated(grad_output: Tensor, *saved: Tensor | None) -> bool:
     return batched or torch.is_grad_enabled() or plain_needed(grad_output, *saved)
 
 
-def _plain_gradients(
-    grad_output: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_scale: Tensor | None,
-    options: Options,
-    wanted: tuple[bool, bool],
+def _gradients(
+    loss: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """The gradients, from plain operators and differentiable again."""
+    """Those of a loss that is made of plain operators, differentiable again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that one tensor given twice gets two gradients.
-        student, teacher = student.view_as(student), teacher.view_as(teacher)
-        loss = plain_distillation_loss(student, teacher, labels, row_scale, options)
-        sources = [z for z, w in zip((student, teacher), wanted, strict=True) if w]
-        gradients = iter(torch.autograd.grad(loss, sources, grad_output, create_graph=again))
+        views = [None if x is None else x.view_as(x) for x in inputs]
+        sources = [x for x, w in zip(views, wanted, strict=True) if w and x is not None]
+        gradients = iter(torch.autograd.grad(loss(*views), sources, grad_output, create_graph=again))
     return [next(gradients) if w else None for w in wanted]
 
 
@@ -261,6 +330,11 @@ def _plain_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Ten
     return (plain_distillation_loss(student, teacher, labels, row_scale, Options(*options)), *outputs[1:])
 
 
+def _plain_linear_distillation_op(outputs: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
+    models, (labels, row_scale, *options) = Models(*args[:6]), args[6:-5]
+    return (plain_linear_distillation_loss(models, labels, row_scale, Options(*options)), *outputs[1:])
+
+
 def _plain_kl_div_op(outputs: Tensor, input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
     return plain_kl_div(input, target, reduction, log_target).to(outputs.dtype)
 
@@ -279,6 +353,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "distillation_loss": _plain_distillation_op,
     "distillation_loss_backward": _not_differentiable,
     "distillation_loss_backward_": _not_differentiable,
+    "distillation_loss_out": _not_differentiable,
+    "linear_distillation_loss": _plain_linear_distillation_op,
     "token_stats": _not_differentiable,
     "scale_": _not_differentiable,
     "kl_div": _plain_kl_div_op,

@@ -60,6 +60,105 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, valid_vocab: in
     check_kernels("student_logits", student_logits.device)
 
 
+def check_models(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None,
+    valid_vocab: int | None,
+    autocast: bool,
+) -> None:
+    """Raise where logits cannot be made of these."""
+    _check_side("student", student_hidden, student_weight, student_bias, autocast)
+    if teacher_logits is None:
+        _check_side("teacher", teacher_hidden, teacher_weight, teacher_bias, autocast)
+        name, teacher, vocab = (
+            "teacher_hidden",
+            teacher_hidden,
+            teacher_weight.shape[0] if teacher_weight is not None else 0,
+        )
+    else:
+        for given, tensor in (
+            ("teacher_hidden", teacher_hidden),
+            ("teacher_weight", teacher_weight),
+            ("teacher_bias", teacher_bias),
+        ):
+            if tensor is not None:
+                raise ValueError(f"{given} must be None where teacher_logits are given, got {_kind(tensor)}")
+        name, teacher = "teacher_logits", teacher_logits
+        check_floating(name, teacher)
+        if teacher.dim() == 0 or teacher.shape[-1] == 0:
+            raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(teacher.shape)}")
+        vocab = teacher.shape[-1]
+    assert teacher is not None
+    if teacher.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of student_hidden but for the last dimension, "
+            f"{(*student_hidden.shape[:-1], '...')}, got {tuple(teacher.shape)}"
+        )
+    check_device(name, teacher, "student_hidden", student_hidden)
+    if valid_vocab is None and vocab != student_weight.shape[0]:
+        raise ValueError(
+            "both sides must have the same vocabulary, or valid_vocab be given, "
+            f"got student_weight of shape {tuple(student_weight.shape)} and {vocab} classes of the teacher"
+        )
+    if valid_vocab is not None and valid_vocab > min(student_weight.shape[0], vocab):
+        raise ValueError(
+            f"valid_vocab must not exceed either vocabulary, got {valid_vocab} for {student_weight.shape[0]} classes "
+            f"of the student and {vocab} of the teacher"
+        )
+    check_kernels("student_hidden", student_hidden.device)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _check_side(side: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> None:
+    """A model's hidden states [..., H], weight [V, H] and bias [V]; without autocast of one dtype."""
+    if side == "teacher" and (hidden is None or weight is None):
+        missing = "teacher_hidden" if hidden is None else "teacher_weight"
+        raise TypeError(f"{missing} must be a Tensor where teacher_logits are not given, got None")
+    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is not None or not name.endswith("bias"):
+            check_floating(name, tensor)  # type: ignore[arg-type]
+    assert hidden is not None and weight is not None
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden must be [..., H] with H >= 1, got shape {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_weight must be [V, {hidden.shape[-1]}], as {side}_hidden has it, with V >= 1, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side}_bias must be [{weight.shape[0]}], as {side}_weight has it, got shape {tuple(bias.shape)}"
+        )
+    for name, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is None:
+            continue
+        check_device(name, tensor, f"{side}_hidden", hidden)
+        cast = autocast and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and not cast:
+            raise TypeError(
+                f"{name} must have the dtype of {side}_hidden, {hidden.dtype}, or torch.autocast be in use, "
+                f"got {tensor.dtype}"
+            )
+
+
+def check_workspace(max_workspace: int | None, chunk_size: int | None) -> None:
+    for name, value in (("max_workspace", max_workspace), ("chunk_size", chunk_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if not 1 <= value < 2**63:
+            raise ValueError(f"{name} must be positive and fit 64 bits, got {value}")
+
+
 def check_kernels(name: str, device: torch.device) -> None:
     if device.type == "cuda" and _library.cuda_missing_reason:
         raise RuntimeError(

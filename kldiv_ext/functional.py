@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import _library, reference
 from ._library import accumulation_dtype
-from .autograd import DistillationLoss, KLDiv, plain_distillation_loss, plain_kl_div, plain_needed
+from .autograd import (
+    DistillationLoss,
+    KLDiv,
+    LinearDistillationLoss,
+    plain_distillation_loss,
+    plain_kl_div,
+    plain_linear_distillation_loss,
+    plain_needed,
+)
 from .checks import (
     FLOATING,
     MAX_DIMS,
@@ -18,12 +26,15 @@ from .checks import (
     check_in_place,
     check_label_range,
     check_logits,
+    check_models,
     check_options,
+    check_workspace,
     factor_per_row,
     has_kernels,
     kernel_arguments,
     pair,
 )
+from .linear import DEFAULT_WORKSPACE, Models, Workspace
 
 # ---------------------------------------------------------------- the drop-in
 
@@ -302,6 +313,175 @@ def distillation_loss(
             student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
         loss = DistillationLoss.apply(student_logits, teacher_logits, hard_labels, row_scale, options, in_place)  # type: ignore[no-untyped-call]
     return loss.reshape(batch) if reduction == "none" else loss
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    max_workspace: int | None = None,
+    chunk_size: int | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    valid_vocab: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    logit_scale: float | tuple[float | None, float | None] | None = None,
+) -> Tensor:
+    r"""`distillation_loss` from hidden states and output heads: no logits of all positions exist at any time, in nats.
+
+    Logits are ``hidden @ weight.T + bias`` on both sides. They are computed for some positions at a time, by PyTorch's
+    matrix products; then come the fused loss and gradient, and the products that make of it the gradients of hidden
+    states, weights and biases, those that are asked for and no others. Beside these, and what is named under Memory,
+    no more than ``max_workspace`` bytes are in use, however many positions there are.
+
+    Args:
+        student_hidden: ``[..., H]`` float64, float32, float16 or bfloat16: what the student's head is applied to.
+        student_weight: ``[V, H]``, the head, in the dtype of its hidden states. It may be an embedding's, and both
+            models' the same tensor.
+        teacher_hidden: ``[..., H']``, the same positions; size and dtype may differ from the student's.
+        teacher_weight: ``[V, H']``.
+        labels: ``[...]`` int64, as in `distillation_loss`.
+        student_bias: ``[V]``, the head's.
+        teacher_bias: ``[V]``.
+        teacher_logits: ``[..., V]`` in place of ``teacher_hidden`` and ``teacher_weight``, of any floating dtype.
+        max_workspace: bytes for logits and their gradients; by default 1 GB on a GPU and 256 MB on the CPU. The more,
+            the nearer the products are to their full speed.
+        chunk_size: positions whose logits' gradients are held at a time, whatever memory that takes.
+        divergence, beta, skew, alpha, temperature, scale_by_temperature_squared, soft_weight, hard_weight, mask,
+        weight, ignore_index, reduction, num_items, valid_vocab, logit_softcap, logit_scale: as in `distillation_loss`;
+            ``"batchmean"`` divides by ``student_hidden.size(0)``. With ``valid_vocab`` the heads may have different
+            numbers of rows; of those beyond it nothing is computed, and their gradients are 0. (There is no
+            ``inplace_backward``: logits have no place of their own that a gradient could take.)
+
+    Returns:
+        As `distillation_loss` of the logits. Every input that requires a gradient gets it, in its dtype, the teacher's
+        too. On the CPU positions that do not count take part in no product; on a GPU, where finding them would be to
+        wait for it, in products alone.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `distillation_loss`; ValueError also for a
+            ``max_workspace`` that does not hold one position.
+
+    Autocast: hidden states, weights and biases that are not float64 are cast as `F.linear` would; gradients of weights
+    are not rounded to autocast's dtype.
+
+    Accuracy: a product of 16-bit numbers is rounded to 16-bit logits on the CPU, as a model's own logits are; on a GPU
+    it is float32, so that the loss is that of the hidden states. Gradients of logits have the dtype of the products. A
+    weight's gradient is added up in float32 over the chunks, and rounded once; on the CPU each chunk's 16-bit products
+    are also rounded to that dtype before they are added, as there is no product that would not round them.
+
+    Memory beyond ``max_workspace``: the gradients that are returned; for each 16-bit weight that gets one, unless there
+    is a single chunk, ``4 * V * H`` bytes for its sum, until it has been rounded; under autocast, copies of weights of
+    another dtype; a few megabytes on the CPU, and ``4 * V`` for a bias. Never anything in the number of positions
+    times the vocabulary.
+
+    Where the gradients are made: in this call, so that backward only multiplies them by ``grad_output``. With
+    ``reduction="none"``, and in float16, where they would underflow without the `GradScaler`'s factor, they are made in
+    backward, and the logits computed again. Second derivatives, forward-mode AD and `torch.func` work, by plain
+    operators in float64 and with all logits at once. Deterministic as far as PyTorch's matrix products are.
+
+    Equivalent to::
+
+        student_logits = F.linear(student_hidden, student_weight, student_bias)
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+        kldiv_ext.distillation_loss(student_logits, teacher_logits, labels, **options)
+    """
+    check_options(
+        divergence,
+        beta,
+        skew,
+        alpha,
+        temperature,
+        scale_by_temperature_squared,
+        soft_weight,
+        hard_weight,
+        ignore_index,
+        reduction,
+        valid_vocab,
+        logit_softcap,
+        logit_scale,
+    )
+    check_workspace(max_workspace, chunk_size)
+    autocast_dtype = _autocast_dtype(student_hidden)
+    check_models(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+        valid_vocab,
+        autocast_dtype is not None,
+    )
+    teacher = teacher_hidden if teacher_logits is None else teacher_logits
+    assert teacher is not None
+    models = Models(student_hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    columns = valid_vocab or student_weight.shape[0]
+    plain = plain_needed(*models)
+    hard_labels, row_scale, options = kernel_arguments(
+        "student_hidden",
+        student_hidden,
+        accumulation_dtype(student_hidden, teacher),
+        columns,
+        labels,
+        divergence=divergence,
+        beta=beta,
+        skew=skew,
+        alpha=alpha,
+        temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        mask=mask,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
+        valid_vocab=valid_vocab,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        plain=plain,
+    )
+    if not torch.is_grad_enabled():  # or the Function would make gradients that nobody can ask for
+        models = Models(*(None if x is None else x.detach() for x in models))  # type: ignore[arg-type]
+    wanted = [x is not None and x.requires_grad for x in models]
+    workspace = Workspace(
+        autocast_dtype, max_workspace or DEFAULT_WORKSPACE.get(student_hidden.device.type, 1), chunk_size
+    )
+    one = workspace.need(models, columns, (any(wanted[:3]), any(wanted[3:])))(1)
+    if chunk_size is None and max_workspace is not None and one > max_workspace:
+        raise ValueError(f"max_workspace must hold the logits of one position, {one} bytes, got {max_workspace}")
+    if plain:
+        loss = plain_linear_distillation_loss(models, hard_labels, row_scale, options)
+    else:
+        loss = LinearDistillationLoss.apply(*models, hard_labels, row_scale, options, workspace)  # type: ignore[no-untyped-call]
+    return loss.reshape(student_hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast computes products in, where it is in use."""
+    kind = tensor.device.type if isinstance(tensor, Tensor) else "meta"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast to ask for
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class TokenStats(NamedTuple):

@@ -87,3 +87,91 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearDistillationLoss(nn.Module):
+    r"""`kldiv_ext.linear_distillation_loss` with its options fixed.
+
+    Args:
+        options: the keyword arguments of `kldiv_ext.linear_distillation_loss` that are not tensors: ``max_workspace``,
+            ``chunk_size``, and those of `DistillationLoss` but for ``inplace_backward``.
+
+    Equivalent to::
+
+        kldiv_ext.linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
+                                           student_bias=student_bias, teacher_bias=teacher_bias,
+                                           teacher_logits=teacher_logits, mask=mask, weight=weight,
+                                           num_items=num_items, **options)
+    """
+
+    def __init__(
+        self,
+        *,
+        max_workspace: int | None = None,
+        chunk_size: int | None = None,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        skew: float = 0.1,
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool = False,
+        soft_weight: float = 1.0,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        valid_vocab: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        logit_scale: float | tuple[float | None, float | None] | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {
+            "divergence": divergence,
+            "beta": beta,
+            "skew": skew,
+            "alpha": alpha,
+            "temperature": temperature,
+            "scale_by_temperature_squared": scale_by_temperature_squared,
+            "soft_weight": soft_weight,
+            "hard_weight": hard_weight,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "valid_vocab": valid_vocab,
+            "logit_softcap": logit_softcap,
+            "logit_scale": logit_scale,
+        }
+        checks.check_options(**options)
+        checks.check_workspace(max_workspace, chunk_size)
+        self.options = {"max_workspace": max_workspace, "chunk_size": chunk_size, **options}
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return functional.linear_distillation_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            mask=mask,
+            weight=weight,
+            num_items=num_items,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -7,6 +7,7 @@ every mode that PyTorch has, so it also serves where a kernel cannot (forward-mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,6 +195,31 @@ def distillation_loss(
     if reduction == "batchmean" and student_logits.dim() > 1:
         return total / max(student_logits.shape[0], 1)
     return total
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; the arguments are not checked."""
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product = hidden.double() @ weight.double().t()
+        return product if bias is None else product + bias.double()
+
+    student_logits = logits(student_hidden, student_weight, student_bias)
+    if teacher_logits is None:
+        assert teacher_hidden is not None and teacher_weight is not None
+        teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
+    return distillation_loss(student_logits, teacher_logits, labels, **options)
 
 
 def token_stats(
