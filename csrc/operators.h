@@ -299,6 +299,13 @@ Tensor token_stats(Tensor student, Tensor teacher, std::optional<Tensor> labels,
 }
 
 template <typename Device>
+Tensor new_output(Tensor like, std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+  Device::prepare_output(tensor);
+  return tensor;
+}
+
+template <typename Device>
 void scale_(Tensor gradient, Tensor factor) {
   STD_TORCH_CHECK(gradient.is_contiguous() && factor.numel() == 1 && gradient.device() == factor.device(),
                   "kldiv_ext::scale_: a contiguous gradient and one factor on its device are needed");
@@ -388,6 +395,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
   m.impl("distillation_loss_backward_", TORCH_BOX(&::kldiv::distillation_loss_backward_<Device>)); \
   m.impl("distillation_loss_out", TORCH_BOX(&::kldiv::distillation_loss_out<Device>));             \
   m.impl("token_stats", TORCH_BOX(&::kldiv::token_stats<Device>));                                 \
+  m.impl("new_output", TORCH_BOX(&::kldiv::new_output<Device>));                                   \
   m.impl("scale_", TORCH_BOX(&::kldiv::scale_<Device>));                                           \
   m.impl("kl_div", TORCH_BOX(&::kldiv::kl_div<Device>));                                           \
   m.impl("kl_div_backward", TORCH_BOX(&::kldiv::kl_div_backward<Device>))

@@ -49,6 +49,8 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   m.def(
       "token_stats(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_scale, float temperature, "
       "float[] logit_scale, float[] logit_softcap, int? valid_vocab) -> Tensor");
+  // [sizes] on the device of `like`, not initialised: to be written whole, and soon.
+  m.def("new_output(Tensor like, int[] sizes, ScalarType dtype) -> Tensor");
   // gradient *= factor ([]), without a host read of the factor and without a write where it is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   // F.kl_div: [] in the accumulation type or, with reduction none, input's shape.

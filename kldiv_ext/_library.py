@@ -128,6 +128,11 @@ def _(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
     return student.new_empty([rows, ROW_STATS], dtype=accumulation_dtype(student, teacher))
 
 
+@torch.library.register_fake("kldiv_ext::new_output")
+def _(like: Tensor, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(sizes, dtype=dtype)
+
+
 @torch.library.register_fake("kldiv_ext::scale_")
 def _(gradient: Tensor, factor: Tensor) -> None:
     return None

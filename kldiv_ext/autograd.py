@@ -356,6 +356,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "distillation_loss_out": _not_differentiable,
     "linear_distillation_loss": _plain_linear_distillation_op,
     "token_stats": _not_differentiable,
+    "new_output": _not_differentiable,
     "scale_": _not_differentiable,
     "kl_div": _plain_kl_div_op,
     "kl_div_backward": _plain_kl_div_backward_op,

@@ -167,15 +167,14 @@ class _Projected:
         self.wants_x, self.wants_weight, self.wants_bias = wanted
         wide = logits_dtype(dtype, x.device)
         self.in_place = any(wanted) and wide == dtype
-        self.buffer = x.new_empty([0 if self.in_place else part, columns], dtype=wide)
-        self.gradients = x.new_empty([chunk if any(wanted) else 0, columns], dtype=dtype)
+        self.buffer = ops.new_output(x, [0 if self.in_place else part, columns], wide)
+        self.gradients = ops.new_output(x, [chunk if any(wanted) else 0, columns], dtype)
         sums = accumulation_dtype(x)
         new = x.new_zeros if dropped else x.new_empty
         self.grad_x = new(x.shape if self.wants_x else [0])
         # A single product needs no sum.
-        self.grad_weight = weight.new_empty(
-            weight.shape if self.wants_weight else [0], dtype=weight.dtype if chunks == 1 else sums
-        )
+        total = weight.dtype if chunks == 1 else sums
+        self.grad_weight = ops.new_output(weight, weight.shape if self.wants_weight else [0], total)
         self.grad_weight[columns if chunks else 0 :] = 0
         self.grad_bias = x.new_zeros(columns if bias is None else bias.shape, dtype=sums)
         self.begun = False
@@ -218,9 +217,12 @@ class _Projected:
     def results(self) -> list[Tensor]:
         """The gradients of x, weight and bias."""
         weight, bias = self.like
+        grad_weight = self.grad_weight
+        if grad_weight.dtype != weight.dtype:
+            grad_weight = ops.new_output(weight, grad_weight.shape, weight.dtype).copy_(grad_weight)
         return [
             self.grad_x,
-            self.grad_weight.to(weight.dtype),
+            grad_weight,
             self.grad_bias.to(bias.dtype) if self.wants_bias else self.grad_bias.new_empty([0]),
         ]
 
