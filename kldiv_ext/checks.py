@@ -18,6 +18,7 @@ MAX_DIMS = 9
 
 
 def has_kernels(device: torch.device) -> bool:
+    """Whether the operators run there."""
     return device.type in ("cpu", "meta") or (device.type == "cuda" and not _library.cuda_missing_reason)
 
 
@@ -31,6 +32,7 @@ def pair(
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise unless it is a dense tensor of a dtype that the kernels take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
@@ -41,6 +43,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, valid_vocab: int | None) -> None:
+    """Raise where these cannot be compared."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         check_floating(name, logits)
         if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -150,6 +153,7 @@ def _check_side(side: str, hidden: Tensor | None, weight: Tensor | None, bias: T
 
 
 def check_workspace(max_workspace: int | None, chunk_size: int | None) -> None:
+    """Raise for the first of these options of `linear_distillation_loss` that is wrong."""
     for name, value in (("max_workspace", max_workspace), ("chunk_size", chunk_size)):
         if value is None:
             continue
@@ -160,6 +164,7 @@ def check_workspace(max_workspace: int | None, chunk_size: int | None) -> None:
 
 
 def check_kernels(name: str, device: torch.device) -> None:
+    """Raise where no operator runs."""
     if device.type == "cuda" and _library.cuda_missing_reason:
         raise RuntimeError(
             f"kldiv_ext has no CUDA kernels here: {_library.cuda_missing_reason}. Rebuild with a CUDA toolkit and a "
@@ -293,11 +298,13 @@ def check_label_range(labels: Tensor, row_scale: Tensor | None, columns: int) ->
 
 
 def check_device(name: str, tensor: Tensor, of: str, like: Tensor) -> None:
+    """Raise unless `tensor` is where `like`, the argument `of`, is."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on the device of {of}, {like.device}, got {tensor.device}")
 
 
 def check_num_items(num_items: int | Tensor, reduction: str, of: str, like: Tensor) -> None:
+    """Raise unless it can be the denominator of a mean."""
     if reduction != "mean":
         raise ValueError(f"num_items is the denominator of reduction='mean', got {num_items} with {reduction!r}")
     if isinstance(num_items, Tensor):

@@ -364,11 +364,11 @@ def linear_distillation_loss(
         max_workspace: bytes for logits and their gradients; by default 1 GB on a GPU and 256 MB on the CPU. The more,
             the nearer the products are to their full speed.
         chunk_size: positions whose logits' gradients are held at a time, whatever memory that takes.
-        divergence, beta, skew, alpha, temperature, scale_by_temperature_squared, soft_weight, hard_weight, mask,
-        weight, ignore_index, reduction, num_items, valid_vocab, logit_softcap, logit_scale: as in `distillation_loss`;
-            ``"batchmean"`` divides by ``student_hidden.size(0)``. With ``valid_vocab`` the heads may have different
-            numbers of rows; of those beyond it nothing is computed, and their gradients are 0. (There is no
-            ``inplace_backward``: logits have no place of their own that a gradient could take.)
+        divergence, beta, skew, alpha, temperature, scale_by_temperature_squared: as in `distillation_loss`.
+        soft_weight, hard_weight, mask, weight, ignore_index, num_items, logit_softcap, logit_scale: likewise.
+        reduction: likewise; ``"batchmean"`` divides by ``student_hidden.size(0)``.
+        valid_vocab: likewise; with it the heads may have different numbers of rows. Those beyond it are not read, and
+            their gradients are 0. (There is no ``inplace_backward``: logits have no place that a gradient could take.)
 
     Returns:
         As `distillation_loss` of the logits. Every input that requires a gradient gets it, in its dtype, the teacher's

@@ -245,7 +245,11 @@ def test_docstrings(public: Any) -> None:
     ast.parse(inspect.cleandoc(equivalent[1]))
 
 
-@pytest.mark.parametrize("function", [kldiv_ext.kl_div, kldiv_ext.distillation_loss], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [kldiv_ext.kl_div, kldiv_ext.distillation_loss, kldiv_ext.linear_distillation_loss],
+    ids=lambda f: f.__name__,
+)
 def test_arguments_are_documented(function: Any) -> None:
     arguments = (inspect.getdoc(function) or "").split("Args:")[1].split("Returns:")[0]
     for name in inspect.signature(function).parameters:
@@ -277,3 +281,11 @@ def test_signatures() -> None:
     assert parameters(kldiv_ext.DistillationLoss) == options
     called = [name for name, _, _ in parameters(kldiv_ext.DistillationLoss.forward, without=("self",))]
     assert called == ["student_logits", "teacher_logits", *tensors]
+    linear = parameters(functional.linear_distillation_loss)
+    assert [p for p in parameters(functional.distillation_loss) if p not in linear] == [
+        ("student_logits", inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        ("teacher_logits", inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        ("inplace_backward", False, inspect.Parameter.KEYWORD_ONLY),
+    ]
+    at_the_call = parameters(kldiv_ext.LinearDistillationLoss.forward, without=("self",))
+    assert parameters(kldiv_ext.LinearDistillationLoss) == [p for p in linear if p not in at_the_call]
