@@ -290,7 +290,7 @@ def _linear_distillation_loss(
         divisor = max(positions, 1)
     elif reduction == "batchmean" and student.dim() > 1:
         divisor = max(student.shape[0], 1)
-    x, y = student.reshape(positions, -1), teacher.reshape(positions, -1)
+    x, y = (z.reshape(positions, z.shape[-1]) for z in (student, teacher))
     rows: Rows = slice(0, positions)
     count = positions
     dead = None if row_scale is None else row_scale == 0
