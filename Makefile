@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test fuzz lint benchmark gpu test-matrix sanitize clean
 
-# Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext.
+# Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext, from logits and from hidden states.
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 
@@ -27,6 +27,7 @@ lint: $(STAMP)
 # CPU and, where there is one, GPU: results as JSON, then the README's tables and the plots from them.
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
+	$(BIN)/python -m benchmarks.linear --json benchmarks/results/linear-$(shell date +%F).json
 	$(BIN)/python -m benchmarks.accuracy --json benchmarks/results/accuracy-$(shell date +%F).json
 	$(BIN)/python -m benchmarks.report
 

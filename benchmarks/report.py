@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_accuracy, report_resources
+from benchmarks import report_accuracy, report_linear, report_resources
 from benchmarks.modes import FEW_MODES, SMALL
 
 RESULTS = Path(__file__).parent / "results"
@@ -169,6 +169,9 @@ ALL = {
     "small": "Small problems, fp32",
     "small-bfloat16": "Small problems, bf16",
     "memory": "Memory",
+    "linear": "From hidden states",
+    "linear-close": "From hidden states, student close to teacher",
+    "linear-positions": "From hidden states, over positions",
     "accuracy-promises": "Accuracy",
     "accuracy-gradient": "Accuracy of gradients",
     "accuracy-loss": "Accuracy of losses",
@@ -205,8 +208,15 @@ def _newest_timed(results: Path, device: str, select: Select) -> Run | None:
     return _newest(results, device, lambda run: any("ms_p50" in row for row in select(run.get("results", []))))
 
 
-def _newest_accuracy(results: Path, device: str) -> Run | None:
-    return _newest(results, device, lambda run: bool(run.get("accuracy")))
+# Tables that have a module of their own, the key in the results that they are made of, and what it tells.
+OTHERS: dict[str, tuple[Callable[[Run], str], str, str]] = {
+    **{kind: (table, "accuracy", "accuracy") for kind, table in report_accuracy.TABLES.items()},
+    **{kind: (table, "linear", "speed") for kind, table in report_linear.TABLES.items()},
+}
+
+
+def _newest_with(results: Path, device: str, key: str) -> Run | None:
+    return _newest(results, device, lambda run: bool(run.get(key)))
 
 
 def _markdown(table: Table, run: Run) -> str:
@@ -255,11 +265,12 @@ def generate(name: str, results: Path) -> str:
     device, _, kind = name.partition("-")
     if device in DEVICES and kind == "all":
         return _all(device, results)
-    if device not in DEVICES or kind not in {*TABLES, *report_accuracy.TABLES}:
+    if device not in DEVICES or kind not in {*TABLES, *OTHERS}:
         raise ValueError(f"no benchmark table is called {name!r}")
-    if kind in report_accuracy.TABLES:
-        run = _newest_accuracy(results, DEVICES[device])
-        return unmeasured(device, "accuracy") if run is None else report_accuracy.TABLES[kind](run)
+    if kind in OTHERS:
+        table, key, what = OTHERS[kind]
+        run = _newest_with(results, DEVICES[device], key)
+        return unmeasured(device, what) if run is None else table(run)
     run = _newest_timed(results, DEVICES[device], TABLES[kind].select)
     if run is None:
         return unmeasured(device, "speed")
@@ -278,10 +289,9 @@ def _all(device: str, results: Path) -> str:
     """Every table of a device that has been measured, with the plots."""
     parts = []
     for kind, title in ALL.items():
-        accurate = kind in report_accuracy.TABLES
         found = (
-            _newest_accuracy(results, DEVICES[device])
-            if accurate
+            _newest_with(results, DEVICES[device], OTHERS[kind][1])
+            if kind in OTHERS
             else _newest_timed(results, DEVICES[device], TABLES[kind].select)
         )
         if found is not None:
@@ -310,7 +320,8 @@ PLOTS: dict[str, Select] = {"ratio": _divergences_backward, "share": _summary_ba
 def _plots(device: str, results: Path) -> dict[str, Run]:
     """The plots that there is something to draw for, and from which run: "cpu-ratio"."""
     found = {field: _newest_timed(results, DEVICES[device], select) for field, select in PLOTS.items()}
-    found["accuracy"] = _newest_accuracy(results, DEVICES[device])
+    for key in ("accuracy", "linear"):
+        found[key] = _newest_with(results, DEVICES[device], key)
     return {f"{device}-{field}": run for field, run in found.items() if run is not None}
 
 
@@ -327,6 +338,8 @@ def plot(results: Path) -> list[Path]:
             field = name.partition("-")[2]
             if field == "accuracy":
                 report_accuracy.draw(run, written[-1])
+            elif field == "linear":
+                report_linear.draw(run, written[-1])
             else:
                 _bars(PLOTS[field](run["results"]), run, field, written[-1])
     return written

@@ -25,5 +25,5 @@ def test_quick_demo_writes_plot_and_curves_agree(tmp_path: Path) -> None:
     found = re.search(r"largest difference of the loss curves: (\S+) nats", done.stdout)
     assert found is not None, done.stdout
     assert 0 <= float(found.group(1)) < 0.1
-    for form in ("F.kl_div", "kldiv_ext"):
+    for form in ("F.kl_div", "kldiv_ext", "kldiv_ext, no logits"):
         assert re.search(rf"^{re.escape(form)} +\d", done.stdout, re.MULTILINE), done.stdout
