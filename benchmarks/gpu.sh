@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that only a machine with a GPU can show, in under ten minutes: stages, each under a time limit of its own.
 #
-#   benchmarks/gpu.sh [OUT] [build|tests|sanitize|benchmark|accuracy|report]...
+#   benchmarks/gpu.sh [OUT] [build|tests|sanitize|benchmark|linear|accuracy|report]...
 #
-# OUT (or $OUT) receives GPU-DATE.json, accuracy-GPU-DATE.json, summary.txt and logs.tar.gz. Without names all stages
+# OUT (or $OUT) receives GPU-DATE.json, linear-GPU-DATE.json, accuracy-GPU-DATE.json, summary.txt and logs.tar.gz. Without names all stages
 # run but report, which puts the results of OUT into benchmarks/results, the README and the plots. A stage that fails
 # does not stop the next; the exit status is 1 if one did. Environment:
 #   PYTHON                  default python3
@@ -14,8 +14,8 @@
 # shellcheck disable=SC2329 # stages are called by their names
 set -euo pipefail
 
-readonly default_stages=(build tests sanitize benchmark accuracy)
-declare -A seconds=([build]=130 [tests]=120 [sanitize]=85 [benchmark]=175 [accuracy]=65 [report]=60) # 575 and report
+readonly default_stages=(build tests sanitize benchmark linear accuracy)
+declare -A seconds=([build]=130 [tests]=120 [sanitize]=85 [benchmark]=130 [linear]=60 [accuracy]=55 [report]=60) # 580 and report
 script=$(realpath "$0")
 cd "$(dirname "$script")/.."
 export PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"
@@ -61,6 +61,10 @@ sanitize() {
 benchmark() {
   "$python" -m benchmarks --suite gpu --device "$device" --seconds 0.25 --repeats 20 --limit "$(($3 > 50 ? $3 - 25 : $3 / 2))" \
     "${quick[@]}" --json "$1/$2.json"
+}
+
+linear() {
+  "$python" -m benchmarks.linear --device "$device" --dtype bfloat16 --seconds 4 "${quick[@]}" --json "$1/linear-$2.json"
 }
 
 accuracy() {

@@ -469,6 +469,7 @@ case $* in
   "-c import torch; print"*) echo 9.0 ;;
   setup.py*) echo "for $TORCH_CUDA_ARCH_LIST, $FORCE_CUDA" ;;
   "-m pytest"*) echo "${TESTS-3 passed}" ;;
+  "-m benchmarks.linear"*) echo linear ;;
   "-m benchmarks.accuracy"*) echo "not accurate"; exit 1 ;;
   "-m benchmarks "*) echo "{}" >"${@: -1}"; sleep "${SLEEP-0}" ;;
 esac""",
@@ -501,7 +502,7 @@ def test_script_runs_every_stage(gpu_script: Callable[..., tuple[int, str, str]]
     status, output, calls = gpu_script(str(out))
     assert status == 1, output
     stages = [line.split()[0] for line in output.splitlines() if line.endswith(("  ok", "  failed (status 1)"))]
-    assert stages[:5] == ["build", "tests", "sanitize", "benchmark", "accuracy"]
+    assert stages[:6] == ["build", "tests", "sanitize", "benchmark", "linear", "accuracy"]
     assert "accuracy: failed (status 1); the end of its log:\nnot accurate" in output
     names = {path.name for path in out.iterdir()}
     (result,) = names - {"summary.txt", "logs.tar.gz"}

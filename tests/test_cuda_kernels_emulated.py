@@ -750,6 +750,38 @@ def test_resident_rows_by_their_options(
         assert_same(out, expected)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("columns", [9, 2051, 2056])
+@pytest.mark.parametrize(("divergence", "parameter"), [("forward_kl", 0.0), ("jsd", 0.3)])
+def test_where_gradients_go(
+    kernels: harness.Kernels, chip: Callable[..., None], divergence: str, parameter: float, columns: int, resident: bool
+) -> None:
+    """Into another dtype, rounded, and over the logits: the same bits in every order of threads, with labels too."""
+    if resident:
+        chip({**H200, "multiprocessors": 1})
+    student, teacher = logits(5, columns, torch.float32)
+    labels = torch.tensor([0, columns - 1, 3, 7, 8])
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "parameter": parameter,
+        "temperature": 1.5,
+        "labels": labels,
+        "hard_scale": 0.5,
+        "grad_output": torch.tensor([1.0, -2.0, 0.5, 3.0, 1e-3]),
+    }
+    for wants_teacher in (False, True):
+        both = {**options, "grad_student": True, "grad_teacher": wants_teacher}
+        expected = kernels.distillation(student, teacher, **both)
+        for order, dtype in itertools.product(ORDERS, HALF):
+            kernels.set_order(*order)
+            narrow = kernels.distillation(student, teacher, gradient_dtype=dtype, **both)
+            for name, tensor in expected.items():
+                rounded = tensor.to(dtype) if name.startswith("grad") else tensor
+                assert torch.equal(narrow[name], rounded), name
+            over = kernels.distillation(student.clone(), teacher, in_place=True, **both)
+            assert_same(over, expected)
+
+
 def test_resident_and_streamed_rows_agree(kernels: harness.Kernels, chip: Callable[..., None]) -> None:
     student, teacher = logits(3, 20_008, torch.float32, 1e-2)
     streamed = kernels.distillation(student, teacher, "reverse_kl", grad_student=True)

@@ -203,6 +203,9 @@ class Kernels:
         grad_teacher: bool = False,
         reduce: bool = False,
         offset: int = 0,
+        gradient_dtype: torch.dtype | None = None,
+        in_place: bool = False,
+        grad_output: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
         rows, dtype, guarded = student[..., 0].numel(), accumulation_dtype(student, teacher), Guarded(offset)
@@ -213,10 +216,10 @@ class Kernels:
         if reduce:
             out["loss"] = guarded.new([], dtype)
         if grad_student:
-            out["grad_student"] = guarded.new(student.shape, student.dtype)
+            out["grad_student"] = student if in_place else guarded.new(student.shape, gradient_dtype or student.dtype)
         if grad_teacher:
-            out["grad_teacher"] = guarded.new(teacher.shape, teacher.dtype)
-        self._distillation(student, teacher, None, out, divergence, parameter, **options)
+            out["grad_teacher"] = guarded.new(teacher.shape, gradient_dtype or teacher.dtype)
+        self._distillation(student, teacher, grad_output, out, divergence, parameter, **options)
         guarded.check()
         return out
 
