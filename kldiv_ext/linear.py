@@ -125,9 +125,8 @@ class _Given:
 
     def logits(self, rows: Rows, begin: int, like: torch.dtype | None = None) -> Tensor:
         logits = _take(self.all, rows)
-        if logits.is_cuda and like == torch.float32:
-            logits = logits.to(like)  # kernels are faster where both sides have one dtype
-        return logits
+        wide = logits_dtype(logits.dtype, logits.device)
+        return logits.to(wide) if wide == like else logits  # kernels are faster where both sides have one dtype
 
     def gradient(self, rows: Rows, begin: int, size: int) -> Tensor | None:
         return _take(self.grad, rows) if self.wanted else None
