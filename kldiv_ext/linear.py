@@ -138,9 +138,8 @@ class _Given:
     def finish_chunk(self, rows: Rows, size: int) -> None:
         pass
 
-    def results(self) -> list[Tensor]:
-        nothing = self.all.new_empty([0])
-        return [self.grad, nothing, nothing]
+    def results(self) -> list[Tensor | None]:
+        return [self.grad if self.wanted else None, None, None]
 
 
 class _Projected:
@@ -162,7 +161,7 @@ class _Projected:
         self.x, self.dtype, self.dead = x, dtype, dead
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)
-        self.like = weight, weight if bias is None else bias
+        self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
         self.wants_x, self.wants_weight, self.wants_bias = wanted
         wide = logits_dtype(dtype, x.device)
         self.in_place = any(wanted) and wide == dtype
@@ -213,16 +212,15 @@ class _Projected:
             self.grad_bias[: gradients.shape[1]] += gradients.sum(0, dtype=self.grad_bias.dtype)
         self.begun = True
 
-    def results(self) -> list[Tensor]:
-        """The gradients of x, weight and bias."""
-        weight, bias = self.like
+    def results(self) -> list[Tensor | None]:
+        """The gradients of x, weight and bias; None for one that is not wanted."""
         grad_weight = self.grad_weight
-        if grad_weight.dtype != weight.dtype:
-            grad_weight = ops.new_output(weight, grad_weight.shape, weight.dtype).copy_(grad_weight)
+        if self.wants_weight and grad_weight.dtype != self.weight_dtype:
+            grad_weight = ops.new_output(grad_weight, grad_weight.shape, self.weight_dtype).copy_(grad_weight)
         return [
-            self.grad_x,
-            grad_weight,
-            self.grad_bias.to(bias.dtype) if self.wants_bias else self.grad_bias.new_empty([0]),
+            self.grad_x if self.wants_x else None,
+            grad_weight if self.wants_weight else None,
+            self.grad_bias.to(self.bias_dtype) if self.wants_bias else None,
         ]
 
 
@@ -346,10 +344,11 @@ def _linear_distillation_loss(
         of_student.finish_chunk(whole, size)
         of_teacher.finish_chunk(whole, size)
     loss = losses if reduction == "none" else losses.sum(dtype=torch.float64).to(dtype)
-    gradients = [*of_student.results(), *of_teacher.results()]
-    for at, tensor in ((0, student), (3, teacher)):
-        if wanted[at]:
-            gradients[at] = gradients[at].reshape(tensor.shape)
+    given = student, student_weight, student_bias, teacher, teacher_weight, teacher_bias
+    gradients = []
+    for source, gradient in zip(given, (*of_student.results(), *of_teacher.results()), strict=True):
+        like = student if source is None else source
+        gradients.append(like.new_empty([0]) if gradient is None else gradient.reshape(like.shape))
     return loss, *gradients
 
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kldiv_ext
 from kldiv_ext import DIVERGENCES, distillation_loss, kl_div, reference
+from kldiv_ext._library import accumulation_dtype
 from kldiv_ext.autograd import PLAIN, Options
 
 pytestmark = pytest.mark.filterwarnings(
@@ -119,6 +120,66 @@ def distillation_in_place_arguments(device: str) -> Iterator[tuple[Any, ...]]:
         yield *arguments, grad_teacher
 
 
+def distillation_out_arguments(device: str) -> Iterator[tuple[Any, ...]]:
+    for student, teacher, labels, row_scale, *others, grad_student, grad_teacher, _ in distillation_arguments(device):
+        if student.is_contiguous():
+            rows = student.numel() // student.shape[-1]
+            losses = torch.zeros(rows, dtype=accumulation_dtype(student, teacher), device=device)
+            gradients = [
+                torch.zeros_like(x) if w else None for x, w in ((student, grad_student), (teacher, grad_teacher))
+            ]
+            how = Options(*others)._replace(reduction="none")
+            for grad_output in (None, losses.sum() + 0.5, losses + 0.5):
+                yield student, teacher, labels, row_scale, *how, grad_output, losses, *gradients
+
+
+def linear_arguments(device: str) -> Iterator[tuple[Any, ...]]:
+    """From hidden states of 3 and 5; the vocabulary is that of distillation_arguments."""
+    for a, b, labels, row_scale, *others, grad_student, grad_teacher, _ in distillation_arguments(device):
+        leading = a.shape[:-1]
+        student, student_weight, student_bias = (
+            logits(*shape, dtype=a.dtype, device=device, seed=2)
+            for shape in ((*leading, 3), (a.shape[-1], 3), a.shape[-1:])
+        )
+        teacher, teacher_weight, teacher_bias = (
+            logits(*shape, dtype=b.dtype, device=device, seed=3)
+            for shape in ((*leading, 5), (b.shape[-1], 5), b.shape[-1:])
+        )
+        how = Options(*others)
+        of_student = student, student_weight
+        wanted = [grad_student] * 3, [grad_teacher] * 3
+        workspace = None, None, 10**6, 3
+        yield (
+            *of_student,
+            student_bias,
+            teacher,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            row_scale,
+            *how,
+            *workspace,
+            [*wanted[0], *wanted[1]],
+        )
+        yield (
+            *of_student,
+            None,
+            b,
+            None,
+            None,
+            labels,
+            row_scale,
+            *how,
+            *workspace,
+            [grad_student, False, False, grad_teacher, False, False],
+        )
+
+
+def new_output_arguments(device: str) -> Iterator[tuple[Any, ...]]:
+    for sizes in ([0], [5, 0], [0, 2, 3]):  # more would be compared, and nobody has written it
+        yield logits(device=device), sizes, torch.bfloat16
+
+
 def token_stats_arguments(device: str) -> Iterator[tuple[Any, ...]]:
     for student, teacher, labels, row_scale, *others, _, _, _ in distillation_arguments(device):
         yield student, teacher, labels, row_scale, *Options(*others)[5:]
@@ -152,7 +213,10 @@ OPERATORS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], int]] = {
     "distillation_loss": (distillation_arguments, 1),
     "distillation_loss_backward": (distillation_backward_arguments, 0),
     "distillation_loss_backward_": (distillation_in_place_arguments, 0),
+    "distillation_loss_out": (distillation_out_arguments, 0),
+    "linear_distillation_loss": (linear_arguments, 1),
     "token_stats": (token_stats_arguments, 0),
+    "new_output": (new_output_arguments, 0),
     "scale_": (scale_arguments, 0),
     "kl_div": (kl_div_arguments, 1),
     "kl_div_backward": (kl_div_backward_arguments, 2),
