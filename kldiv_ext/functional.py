@@ -385,12 +385,13 @@ def linear_distillation_loss(
     Accuracy: a product of 16-bit numbers is rounded to 16-bit logits on the CPU, as a model's own logits are; on a GPU
     it is float32, so that the loss is that of the hidden states. Gradients of logits have the dtype of the products. A
     weight's gradient is added up in float32 over the chunks, and rounded once; on the CPU each chunk's 16-bit products
-    are also rounded to that dtype before they are added, as there is no product that would not round them.
+    are also rounded to that dtype before they are added, as there is no product that would not round them (of two
+    chunks only the first: the second product adds itself to it in float32).
 
     Memory beyond ``max_workspace``: the gradients that are returned; for each 16-bit weight that gets one, unless there
-    is a single chunk, ``4 * V * H`` bytes for its sum, until it has been rounded; under autocast, copies of weights of
-    another dtype; a few megabytes on the CPU, ``4 * V`` for a bias, and a chunk's hidden states where some do not
-    count or are cast. Never anything in the number of positions times the vocabulary.
+    is a single chunk (on the CPU two), ``4 * V * H`` bytes for its sum, until it has been rounded; under autocast,
+    copies of weights of another dtype; a few megabytes on the CPU, ``4 * V`` for a bias, and a chunk's hidden states
+    where some do not count or are cast. Never anything in the number of positions times the vocabulary.
 
     Where the gradients are made: in this call, so that backward only multiplies them by ``grad_output``. With
     ``reduction="none"``, and in float16, where they would underflow without the `GradScaler`'s factor, they are made in

@@ -12,9 +12,10 @@ from ._library import accumulation_dtype, library, ops
 DEFAULT_WORKSPACE = {"cpu": 256_000_000, "cuda": 1_000_000_000}
 """Bytes that logits and their gradients may take, by device."""
 
-PARTS = 4
-"""Where logits are wider than what is made of them, they exist for so small a part of a chunk: what a product of
-gradients adds to a weight's gradient moves all of it, so that it should sum over many positions."""
+PARTS = {"cpu": 2, "cuda": 4}
+"""Logits beside a chunk's gradients exist for so small a part of it at a time: what a product of gradients adds to a
+weight's gradient moves all of it, so that it should sum over many positions. A CPU repacks a weight for each product,
+so that other products should not be much smaller."""
 
 TILE = 128
 """Positions that a matrix product takes at a time; a part of a chunk is a multiple of it."""
@@ -83,16 +84,14 @@ class Workspace(NamedTuple):
 
     def need(self, models: Models, columns: int, wanted: tuple[bool, bool]) -> Need:
         """For so many classes; `wanted`: the gradients of whose logits are."""
-        gradients, logits, parts = 0, 0, 1
+        gradients, logits = 0, 0
         for dtype, gradient in zip(self.product_dtypes(models), wanted, strict=True):
             wide = logits_dtype(dtype, models.student.device)
             if gradient:
                 gradients += columns * dtype.itemsize
             if not gradient or wide != dtype:
                 logits += columns * wide.itemsize
-            if gradient and wide != dtype:
-                parts = PARTS
-        return Need(gradients, logits, parts)
+        return Need(gradients, logits, PARTS.get(models.student.device.type, 1) if gradients and logits else 1)
 
 
 Rows = slice | Tensor
@@ -170,8 +169,8 @@ class _Projected:
         sums = accumulation_dtype(x)
         new = x.new_zeros if dropped else x.new_empty
         self.grad_x = new(x.shape if self.wants_x else [0])
-        # A single product needs no sum.
-        total = weight.dtype if chunks == 1 else sums
+        # A single product needs no sum, and of two on a CPU, where the first is rounded, the second adds itself to it.
+        total = weight.dtype if chunks <= (2 if x.device.type == "cpu" else 1) else sums
         self.grad_weight = ops.new_output(weight, weight.shape if self.wants_weight else [0], total)
         self.grad_weight[columns if chunks else 0 :] = 0
         self.grad_bias = x.new_zeros(columns if bias is None else bias.shape, dtype=sums)
