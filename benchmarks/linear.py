@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import kldiv_ext
 from benchmarks import report_linear
 from benchmarks.contenders import TEMPERATURE, liger_missing
-from benchmarks.measure import Step, peak_extra_bytes, quantiles, time_steps
+from benchmarks.measure import Step, keep_freed_memory, peak_extra_bytes, quantiles, time_steps
 from benchmarks.provenance import dumps, provenance
 from benchmarks.suites import names_of
 from kldiv_ext.linear import DEFAULT_WORKSPACE
@@ -330,6 +330,7 @@ def main(argv: list[str]) -> int:
     add("--json", type=Path, help="write the results to this file")
     add("--quick", action="store_true", help="tiny shapes, no torch.compile")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     if args.quick:
         args.contenders = [name for name in args.contenders if not name.startswith("compile")]
         args.repeats, args.seconds = 3, 0

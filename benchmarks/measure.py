@@ -208,6 +208,19 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     return max(0, _status_bytes("VmHWM") - before)
 
 
+def keep_freed_memory() -> None:
+    """From here on freed CPU memory stays the process's (glibc only), as allocators for training have it.
+
+    New pages are cleared by the system: of large tensors that is a good part of the time, and on a virtual machine it
+    depends on what the others do.
+    """
+    trim_threshold, mmap_max = -1, -4
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)  # never
+        mallopt(mmap_max, 0)
+
+
 def _status_bytes(key: str) -> int:
     for line in STATUS.read_text().splitlines():
         if line.startswith(key + ":"):
