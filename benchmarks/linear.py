@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import kldiv_ext
 from benchmarks import report_linear
 from benchmarks.contenders import TEMPERATURE, liger_missing
-from benchmarks.measure import Step, keep_freed_memory, peak_extra_bytes, quantiles, time_steps
+from benchmarks.measure import Step, freed_memory_kept, peak_extra_bytes, quantiles, time_steps
 from benchmarks.provenance import dumps, provenance
 from benchmarks.suites import names_of
 from kldiv_ext.linear import DEFAULT_WORKSPACE
@@ -250,7 +250,8 @@ def measure(problem: Problem, args: argparse.Namespace) -> tuple[list[dict[str, 
         if not rows[name]["status"].startswith("failed"):
             steps[name] = step
     products = {"products": Products(models)}
-    times = time_steps({**products, **steps}, problem.device, args.repeats, args.seconds)
+    with freed_memory_kept():
+        times = time_steps({**products, **steps}, problem.device, args.repeats, args.seconds)
     products.clear()
     gc.collect()
     limit = statistics.median(times["products"])
@@ -300,23 +301,15 @@ def over_positions(problems: list[Problem], args: argparse.Namespace, report: di
                 if name == "compile":
                     step()  # compiles
                 found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
-                times = (
-                    time_steps({name: step}, problem.device, 1, 0)
-                    if problem.device == "cuda"
-                    else {name: [_time(step)]}
-                )
-                found |= {"ms": statistics.median(times[name]), "status": "ok"}
+                with freed_memory_kept():
+                    (times,) = time_steps({name: step}, problem.device, 1, 0).values()
+                found |= {"ms": statistics.median(times), "status": "ok"}
                 last[name] = (problem.positions, found["peak_extra_bytes"] or 0)
             except Exception as error:
                 found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             step.reset()
             report["positions"].append(found)
         progress.update()
-
-
-def _time(step: Step) -> float:
-    times = time_steps({"it": step}, "cpu", 1, 0)
-    return times["it"][0]
 
 
 def main(argv: list[str]) -> int:
@@ -330,7 +323,6 @@ def main(argv: list[str]) -> int:
     add("--json", type=Path, help="write the results to this file")
     add("--quick", action="store_true", help="tiny shapes, no torch.compile")
     args = parser.parse_args(argv)
-    keep_freed_memory()
     if args.quick:
         args.contenders = [name for name in args.contenders if not name.startswith("compile")]
         args.repeats, args.seconds = 3, 0

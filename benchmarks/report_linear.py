@@ -40,7 +40,7 @@ def speed(run: Run) -> str:
     caption = (
         "Forward and backward of forward_kl, to the student's hidden states and head: median time, all side by side. "
         "products: the four matrix products alone, of all positions at once, into memory that is there; on a CPU the "
-        "process keeps freed memory, so that nobody else waits for new pages either. Memory: the peak beyond the inputs; "
+        "process keeps freed memory, so that nobody waits for new pages. Memory: the peak beyond the inputs; "
         f"the gradients in it are {' or '.join(sorted(gradients))}, kldiv_ext's workspace "
         f"{workspace}. Relative errors against fp64 from the same hidden states and heads; linear_cross_entropy has "
         f"them of soft targets in the models' dtype. {provenance(run)}"
