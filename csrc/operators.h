@@ -1,7 +1,7 @@
 // Where torch meets the kernels: each operator allocates its outputs, fills in the arguments and launches. Written
 // once over a Device that supplies the launches; cpu/register.cpp and cuda/register.cpp name it to the dispatcher.
 //
-// Arguments come checked from Python (kldiv_ext/functional.py); what is checked here only keeps a direct call of
+// Arguments come checked from Python (kldiv_ext/checks.py); what is checked here only keeps a direct call of
 // torch.ops.kldiv_ext from reading out of bounds.
 #pragma once
 

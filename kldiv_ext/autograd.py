@@ -174,8 +174,8 @@ def plain_linear_distillation_loss(
             return hidden
         if row_scale is not None:  # 0 * nan would get into the weight's gradient
             hidden = hidden.masked_fill((row_scale == 0).reshape(hidden.shape[:-1])[..., None], 0)
-        product = hidden.double() @ weight.double().t()
-        return product if bias is None else product + bias.double()
+        product = hidden.double() @ weight[: options.valid_vocab].double().t()
+        return product if bias is None else product + bias[: options.valid_vocab].double()
 
     student = logits(models.student, models.student_weight, models.student_bias)
     teacher = logits(models.teacher, models.teacher_weight, models.teacher_bias)

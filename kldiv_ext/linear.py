@@ -18,10 +18,10 @@ weight's gradient moves all of it, so that it should sum over many positions. A 
 so that other products should not be much smaller."""
 
 TILE = 128
-"""Positions that a matrix product takes at a time; a part of a chunk is a multiple of it."""
+"""Positions that a matrix product takes at a time; where there is room for so many, a part of a chunk is a multiple."""
 
-PRODUCT_BYTES = 4_000_000
-"""Of a weight's gradient, how much is computed at a time where it has to be added to a wider one."""
+PIECE_BYTES = 4_000_000
+"""Of a gradient, how much is computed at a time on a CPU where it has to be added to a wider one."""
 
 
 def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -77,16 +77,21 @@ class Workspace(NamedTuple):
         """Of student and teacher. As autocast has it, float64 stays what it is; so do logits that are given."""
 
         def of(x: Tensor, weight: Tensor | None) -> torch.dtype:
-            cast = self.autocast_dtype is not None and weight is not None and x.dtype != torch.float64
-            return self.autocast_dtype if cast and self.autocast_dtype is not None else x.dtype
+            kept = weight is None or x.dtype == torch.float64
+            return x.dtype if kept or self.autocast_dtype is None else self.autocast_dtype
 
         return of(models.student, models.student_weight), of(models.teacher, models.teacher_weight)
 
     def need(self, models: Models, columns: int, wanted: tuple[bool, bool]) -> Need:
         """For so many classes; `wanted`: the gradients of whose logits are."""
         gradients, logits = 0, 0
-        for dtype, gradient in zip(self.product_dtypes(models), wanted, strict=True):
+        sides = (columns, columns if models.teacher_weight is not None else None)
+        for dtype, gradient, made in zip(self.product_dtypes(models), wanted, sides, strict=True):
             wide = logits_dtype(dtype, models.student.device)
+            if made is None:  # given: they and their gradient may have to be copied, and they converted
+                copies = dtype.itemsize * (1 + gradient) + (wide.itemsize if wide != dtype else 0)
+                logits += models.teacher.shape[-1] * copies
+                continue
             if gradient:
                 gradients += columns * dtype.itemsize
             if not gradient or wide != dtype:
@@ -102,24 +107,40 @@ def _part(rows: Rows, begin: int, end: int) -> Rows:
     return slice(rows.start + begin, rows.start + end) if isinstance(rows, slice) else rows[begin:end]
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """A view of its positions in one dimension, or, where there is none, `tensor` itself."""
+    try:
+        return tensor.view(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
+    except RuntimeError:
+        return tensor
+
+
 def _take(tensor: Tensor, rows: Rows) -> Tensor:
-    """A view of rows that lie next to each other, or a copy."""
+    """Of what `_flat` gave: a view of rows that lie next to each other, or a copy."""
+    if tensor.dim() > 2:
+        index = torch.arange(rows.start, rows.stop, device=tensor.device) if isinstance(rows, slice) else rows
+        return tensor[torch.unravel_index(index, tensor.shape[:-1])]
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
+def _room(tensor: Tensor, rows: Rows) -> Tensor:
+    """Where to write rows: a view of those that lie next to each other, or new memory, for `_put`."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.new_empty(len(rows), *tensor.shape[1:])
+
+
 def _put(tensor: Tensor, rows: Rows, values: Tensor) -> None:
-    """Where `_take` gave a copy; values in a view of `tensor` are there already."""
+    """Values in a view of `tensor` are there already."""
     if not isinstance(rows, slice):
         tensor.index_copy_(0, rows, values.to(tensor.dtype))
 
 
 class _Given:
-    """A teacher whose logits [positions, any number of columns] are known."""
+    """A teacher whose logits [..., any number of columns] are known."""
 
-    def __init__(self, logits: Tensor, wanted: bool, dropped: bool) -> None:
-        self.all = logits
+    def __init__(self, logits: Tensor, wanted: bool, positions: int, dropped: bool) -> None:
+        self.all = _flat(logits)
         new = logits.new_zeros if dropped else logits.new_empty
-        self.grad = new(logits.shape if wanted else [0])
+        self.grad = new([positions, logits.shape[-1]] if wanted else [0])
         self.wanted = wanted
 
     def logits(self, rows: Rows, begin: int, like: torch.dtype | None = None) -> Tensor:
@@ -128,7 +149,7 @@ class _Given:
         return logits.to(wide) if wide == like else logits  # kernels are faster where both sides have one dtype
 
     def gradient(self, rows: Rows, begin: int, size: int) -> Tensor | None:
-        return _take(self.grad, rows) if self.wanted else None
+        return _room(self.grad, rows) if self.wanted else None
 
     def finish_part(self, rows: Rows, gradient: Tensor | None) -> None:
         if gradient is not None:
@@ -146,18 +167,19 @@ class _Projected:
 
     def __init__(
         self,
-        x: Tensor,  # [positions, hidden]
+        x: Tensor,  # [..., hidden]
         weight: Tensor,  # [at least columns, hidden]
         bias: Tensor | None,  # [at least columns]
         wanted: list[bool],  # the gradients of x, weight and bias
         dtype: torch.dtype,  # of the products
         columns: int,
         dead: Tensor | None,  # [positions], those that do not count but are there all the same
+        positions: int,
         dropped: bool,
         sizes: tuple[int, int, int],  # positions per chunk, and per part of it; chunks
     ) -> None:
         chunk, part, chunks = sizes
-        self.x, self.dtype, self.dead = x, dtype, dead
+        self.x, self.dtype, self.dead = _flat(x), dtype, dead
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)
         self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
@@ -168,7 +190,7 @@ class _Projected:
         self.gradients = ops.new_output(x, [chunk if any(wanted) else 0, columns], dtype)
         sums = accumulation_dtype(x)
         new = x.new_zeros if dropped else x.new_empty
-        self.grad_x = new(x.shape if self.wants_x else [0])
+        self.grad_x = new([positions, x.shape[-1]] if self.wants_x else [0])
         # A single product needs no sum, and of two on a CPU, where the first is rounded, the second adds itself to it.
         total = weight.dtype if chunks <= (2 if x.device.type == "cpu" else 1) else sums
         self.grad_weight = ops.new_output(weight, weight.shape if self.wants_weight else [0], total)
@@ -199,7 +221,7 @@ class _Projected:
         """From the gradients of logits to those of what they were made of."""
         gradients = self.gradients[:size]  # [rows, columns]
         if self.wants_x:
-            grad_x = _take(self.grad_x, rows)
+            grad_x = _room(self.grad_x, rows)
             _product(gradients, self.weight, None, grad_x)
             _put(self.grad_x, rows, grad_x)
         if self.wants_weight:
@@ -208,7 +230,10 @@ class _Projected:
                 hidden = hidden.masked_fill(self.dead[rows, None], 0)
             _add_product(gradients.t(), hidden, self.grad_weight[: gradients.shape[1]], self.begun)
         if self.wants_bias:
-            self.grad_bias[: gradients.shape[1]] += gradients.sum(0, dtype=self.grad_bias.dtype)
+            # A CPU converts all that it sums to a wider dtype.
+            step = size if gradients.is_cuda else max(1, PIECE_BYTES // (4 * gradients.shape[1]))
+            for piece in gradients.split(step):
+                self.grad_bias[: gradients.shape[1]] += piece.sum(0, dtype=self.grad_bias.dtype)
         self.begun = True
 
     def results(self) -> list[Tensor | None]:
@@ -232,7 +257,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is not None:
             out += bias
     else:
-        out.copy_(torch.mm(a, b))
+        out.copy_(torch.mm(a, b, out=a.new_empty(out.shape)))  # `out`, so that autocast has no say
 
 
 def _add_product(a: Tensor, b: Tensor, total: Tensor, begun: bool) -> None:
@@ -249,9 +274,10 @@ def _add_product(a: Tensor, b: Tensor, total: Tensor, begun: bool) -> None:
         else:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
-        step = max(TILE, PRODUCT_BYTES // (b.shape[1] * b.element_size()))
+        step = max(TILE, PIECE_BYTES // (b.shape[1] * b.element_size()))
+        room = b.new_empty(min(step, len(a)), b.shape[1])
         for piece, sums in zip(a.split(step), total.split(step), strict=True):
-            product = torch.mm(piece, b)
+            product = torch.mm(piece, b, out=room[: len(piece)])
             sums.add_(product) if begun else sums.copy_(product)
 
 
@@ -286,7 +312,6 @@ def _linear_distillation_loss(
         divisor = max(positions, 1)
     elif reduction == "batchmean" and student.dim() > 1:
         divisor = max(student.shape[0], 1)
-    x, y = (z.reshape(positions, z.shape[-1]) for z in (student, teacher))
     rows: Rows = slice(0, positions)
     count = positions
     dead = None if row_scale is None else row_scale == 0
@@ -295,50 +320,55 @@ def _linear_distillation_loss(
             rows = (~dead).nonzero().flatten()
             count = rows.shape[0]
         dead = None
-    dropped = not isinstance(rows, slice)
+    if soft_scale == 0 and hard_scale == 0:
+        count = 0
+    dropped = count < positions
     columns = valid_vocab or student_weight.shape[0]
     wanted_of = any(wanted[:3]), any(wanted[3:])
-    models = Models(x, student_weight, student_bias, y, teacher_weight, teacher_bias)
+    models = Models(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
     workspace = Workspace(autocast_dtype, max_workspace, chunk_size)
     dtypes = workspace.product_dtypes(models)
     chunk, part = workspace.need(models, columns, wanted_of).chunk(count, max_workspace, chunk_size)
     sizes = chunk, part, -(-count // chunk)
 
-    shared = columns, dead, dropped, sizes
-    of_student = _Projected(x, student_weight, student_bias, wanted[:3], dtypes[0], *shared)
+    shared = columns, dead, positions, dropped, sizes
+    of_student = _Projected(student, student_weight, student_bias, wanted[:3], dtypes[0], *shared)
     of_teacher = (
-        _Given(y, wanted[3], dropped)
+        _Given(teacher, wanted[3], positions, dropped)
         if teacher_weight is None
-        else _Projected(y, teacher_weight, teacher_bias, wanted[3:], dtypes[1], *shared)
+        else _Projected(teacher, teacher_weight, teacher_bias, wanted[3:], dtypes[1], *shared)
     )
-    dtype = accumulation_dtype(x, y)
-    losses = x.new_zeros([positions], dtype=dtype)
+    dtype = accumulation_dtype(student, teacher)
+    losses = student.new_zeros([positions], dtype=dtype)
     options = soft_scale / divisor, hard_scale / divisor, "none", divergence, parameter, temperature
+
+    def part_of_chunk(some: Rows, at: int) -> None:
+        """Losses and gradients of logits, of the rows that begin at `at` in their chunk."""
+        s = of_student.logits(some, at)
+        t = of_teacher.logits(some, at, s.dtype)
+        grad_t = of_teacher.gradient(some, at, s.shape[0])
+        row_losses = _room(losses, some)
+        ops.distillation_loss_out(
+            s,
+            t,
+            None if labels is None else labels[some],
+            None if row_scale is None else row_scale[some],
+            *options,
+            logit_scale,
+            logit_softcap,
+            columns,
+            grad_output[some] if grad_output is not None and grad_output.dim() > 0 else grad_output,
+            row_losses,
+            of_student.gradient(some, at, s.shape[0]),
+            grad_t,
+        )
+        _put(losses, some, row_losses)
+        of_teacher.finish_part(some, grad_t)
+
     for begin in range(0, count, chunk):
         size = min(chunk, count - begin)
         for at in range(0, size, part):
-            some = _part(rows, begin + at, begin + min(at + part, size))
-            s = of_student.logits(some, at)
-            t = of_teacher.logits(some, at, s.dtype)
-            grad_s = of_student.gradient(some, at, s.shape[0])
-            grad_t = of_teacher.gradient(some, at, s.shape[0])
-            row_losses = _take(losses, some)
-            ops.distillation_loss_out(
-                s,
-                t,
-                None if labels is None else labels[some],
-                None if row_scale is None else row_scale[some],
-                *options,
-                logit_scale,
-                logit_softcap,
-                columns,
-                grad_output[some] if grad_output is not None and grad_output.dim() > 0 else grad_output,
-                row_losses,
-                grad_s,
-                grad_t,
-            )
-            _put(losses, some, row_losses)
-            of_teacher.finish_part(some, grad_t)
+            part_of_chunk(_part(rows, begin + at, begin + min(at + part, size)), at)
         whole = _part(rows, begin, begin + size)
         of_student.finish_chunk(whole, size)
         of_teacher.finish_chunk(whole, size)

@@ -21,7 +21,7 @@ from oracle import DIVERGENCES, FORWARD_KL, JSD, Divergence, make_pair
 from torch import Tensor, nn
 
 import kldiv_ext
-from kldiv_ext import DistillationLoss, distillation_loss, kl_div
+from kldiv_ext import DistillationLoss, distillation_loss, kl_div, linear_distillation_loss
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:reduction. 'mean' divides",
@@ -52,6 +52,13 @@ class Case(NamedTuple):
     function: Callable[..., Tensor]
     extras: tuple[str, ...]
     options: dict[str, Any]
+
+
+def from_hidden(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """linear_distillation_loss of heads that the device makes itself, in three chunks."""
+    numbers = torch.arange(501.0 * SHAPE[1], device=student.device).view(501, SHAPE[1])
+    weights = [(numbers * frequency).sin().mul(0.05).to(student.dtype) for frequency in (1, 2)]
+    return linear_distillation_loss(student, weights[0], teacher, weights[1], chunk_size=9, **options)
 
 
 EXTRAS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
@@ -90,6 +97,11 @@ CASES = {
         if reduction == "mean" or "num_items" not in {*extras, *options}
     },
     **{
+        f"from hidden states, {name}": Case(from_hidden, *OPTIONS[name])
+        for name in ("temperature", "labels, mask and weight", "hard labels", "number of items")
+    },
+    "from hidden states, none": Case(from_hidden, ("mask",), {"divergence": "jsd", "reduction": "none"}),
+    **{
         f"kl_div, {reduction}, log_target={log_target}": Case(
             kl_div, (), {"reduction": reduction, "log_target": log_target}
         )
@@ -98,9 +110,16 @@ CASES = {
     },
 }
 # One of each way through autograd.
-FEW_CASES = {name: CASES[name] for name in ("forward_kl, mean", "jsd-0.1, none", "labels, mask and weight, mean")} | {
-    "kl_div": Case(kl_div, (), {"reduction": "batchmean"})
-}
+FEW_CASES = {
+    name: CASES[name]
+    for name in (
+        "forward_kl, mean",
+        "jsd-0.1, none",
+        "labels, mask and weight, mean",
+        "from hidden states, labels, mask and weight",
+        "from hidden states, none",
+    )
+} | {"kl_div": Case(kl_div, (), {"reduction": "batchmean"})}
 
 Inputs = dict[str, Tensor]
 

@@ -174,14 +174,19 @@ def test_a_teacher_given_as_logits(device: str, dtype: torch.dtype) -> None:
     mask = torch.rand(3, 4, device=device) < 0.6
     for options in ({}, {"mask": mask}, {"divergence": "jsd", "reduction": "none", "mask": mask}):
         check_models(models, **options)
+    models["teacher_logits"] = torch.randn(3, 5, COLUMNS, device=device).to(dtype)[:, :-1]  # shifted: no view of rows
+    for options in ({}, {"mask": mask}, {"reduction": "none", "divergence": "jsd"}):
+        check_models(models, **options)
     models["teacher_logits"] = torch.randn(3, 4, COLUMNS + 5, device=device).to(dtype)
     check_models(models, valid_vocab=COLUMNS - 3, mask=mask)
 
 
 def test_padded_vocabularies(device: str) -> None:
     models = make_models(3, 4, device=device)
-    models["teacher_weight"] = torch.cat([models["teacher_weight"], torch.full((6, TEACHER_HIDDEN), torch.nan)])
-    models["teacher_bias"] = torch.cat([models["teacher_bias"], torch.full((6,), torch.nan)])
+    models["teacher_weight"] = torch.cat(
+        [models["teacher_weight"], torch.full((6, TEACHER_HIDDEN), torch.nan, device=device)]
+    )
+    models["teacher_bias"] = torch.cat([models["teacher_bias"], torch.full((6,), torch.nan, device=device)])
     _, gradients = run(linear_distillation_loss, models, valid_vocab=COLUMNS - 2, chunk_size=5)
     cut = {n: x[: COLUMNS - 2] if n.endswith(("weight", "bias")) else x for n, x in models.items()}
     _, expected = run(linear_distillation_loss, cut, chunk_size=5)
@@ -190,6 +195,11 @@ def test_padded_vocabularies(device: str) -> None:
             assert not gradient[COLUMNS - 2 :].any()
             gradient = gradient[: COLUMNS - 2]
         assert torch.equal(gradient, expected[name])
+    leaves = {name: x.detach().requires_grad_() for name, x in models.items()}
+    loss = linear_distillation_loss(**leaves, valid_vocab=COLUMNS - 2)
+    again = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+    for gradient, other in zip(again, gradients.values(), strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 # ---------------------------------------------------------------- positions that do not count
@@ -222,6 +232,13 @@ def test_nothing_counts(device: str, shape: tuple[int, ...]) -> None:
         loss, gradients = run(linear_distillation_loss, models, mask=mask, reduction=reduction)
         assert not loss.any() and len(gradients) == len(models)
         assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_without_weight_nothing_is_read(device: str) -> None:
+    models = make_models(6, device=device)
+    models["student_hidden"][2] = torch.nan
+    loss, gradients = run(linear_distillation_loss, models, soft_weight=0.0)
+    assert not loss.any() and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_micro_batches_are_the_big_batch(device: str) -> None:
@@ -363,6 +380,17 @@ def test_autocast(device: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(linear_distillation_loss(**double), expected)
 
 
+def test_autocast_around_backward_has_no_say() -> None:
+    """Of float16, whose gradients are made in backward."""
+    models = make_models(12, dtype=torch.float16)
+    _, expected = run(linear_distillation_loss, models, chunk_size=4)
+    leaves = {name: x.detach().requires_grad_() for name, x in models.items()}
+    loss = linear_distillation_loss(**leaves, chunk_size=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert all(torch.equal(leaves[name].grad, expected[name]) for name in NAMES)
+
+
 def test_float16_gradients_do_not_underflow(device: str) -> None:
     """Scaled before they are stored, as a GradScaler's factor asks for."""
     models = make_models(8, device=device, dtype=torch.float16)
@@ -493,22 +521,39 @@ def peak_extra_bytes(function: Callable[[], Any], device: str) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_memory_does_not_depend_on_the_positions(device: str, dtype: torch.dtype, masked: bool) -> None:
+@pytest.mark.parametrize("given", [None, "logits", "shifted logits", "logits with a gradient"])
+def test_memory_does_not_depend_on_the_positions(
+    device: str, dtype: torch.dtype, masked: bool, given: str | None
+) -> None:
     """The workspace, the gradients, and a little."""
     if device == "cpu" and not (sys.platform == "linux" and Path("/proc/self/clear_refs").exists()):
         pytest.skip("this system does not tell the peak")
     positions, vocab, hidden, workspace = 8192, 16000, 16, 32_000_000
-    x, y = (torch.randn(positions, hidden, device=device).to(dtype).requires_grad_() for _ in range(2))
-    weight, other = (torch.randn(vocab, hidden, device=device).to(dtype).requires_grad_() for _ in range(2))
-    mask = (torch.arange(positions, device=device) % 8 != 0) if masked else None
+    x, y = (torch.randn(positions, hidden, device=device).to(dtype) for _ in range(2))
+    weight, other = (torch.randn(vocab, hidden, device=device).to(dtype) for _ in range(2))
+    bias = torch.randn(vocab, device=device).to(dtype)
+    leaves = [z.requires_grad_() for z in (x, weight, bias)]
+    teacher: dict[str, Tensor] = {"teacher_hidden": y, "teacher_weight": other}
+    if given:
+        logits = torch.randn(2, positions // 2 + 1, vocab, device=device, dtype=dtype)
+        logits = logits[:, :-1] if given == "shifted logits" else logits.flatten(0, 1)[:positions].unflatten(0, (2, -1))
+        teacher = {"teacher_logits": logits.requires_grad_(given == "logits with a gradient")}
+        leaves += [logits] if logits.requires_grad else []
+    mask = (torch.arange(positions, device=device) % 8 != 0).view(2, -1) if masked else None
 
     def step() -> None:
-        x.grad = weight.grad = None
-        linear_distillation_loss(x, weight, y.detach(), other.detach(), mask=mask, max_workspace=workspace).backward()
+        for leaf in leaves:
+            leaf.grad = None
+        shaped = {name: z.view(2, -1, hidden) if name.endswith("hidden") else z for name, z in teacher.items()}
+        loss = linear_distillation_loss(
+            x.view(2, -1, hidden), weight, **shaped, student_bias=bias, mask=mask, max_workspace=workspace
+        )
+        loss.backward()
 
     step()
-    x.grad = weight.grad = None
-    gradients = x.nbytes + weight.nbytes + (4 * weight.numel() if dtype == torch.bfloat16 else 0)
+    for leaf in leaves:
+        leaf.grad = None
+    gradients = sum(leaf.nbytes for leaf in leaves) + (4 * weight.numel() if dtype == torch.bfloat16 else 0)
     assert peak_extra_bytes(step, device) <= workspace + gradients + 16_000_000
     assert 2 * positions * vocab * x.element_size() > 10 * workspace  # what the logits would take
 
