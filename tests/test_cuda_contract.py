@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16 makes its gra
 NO_CACHE = pytest.mark.skipif(
     "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="needs PyTorch's caching allocator, which is switched off"
 )
-# Without it cuBLAS promises no equal results beside other streams, and PyTorch takes its products for not deterministic.
+# Without it cuBLAS promises no equal results beside other streams, and PyTorch calls its products not deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 TWO_DEVICES = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
