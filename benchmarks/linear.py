@@ -4,7 +4,6 @@ Run as `python -m benchmarks.linear`.
 """
 
 import argparse
-import gc
 import importlib
 import statistics
 import sys
@@ -21,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import kldiv_ext
 from benchmarks import report_linear
 from benchmarks.contenders import TEMPERATURE, liger_missing
-from benchmarks.measure import Step, freed_memory_kept, peak_extra_bytes, quantiles, time_steps
+from benchmarks.measure import Step, keep_freed_memory, peak_extra_bytes, quantiles, time_steps
 from benchmarks.provenance import dumps, provenance
 from benchmarks.suites import names_of
 from kldiv_ext.linear import DEFAULT_WORKSPACE
@@ -238,32 +237,35 @@ def row(problem: Problem, name: str, models: Models) -> dict[str, Any]:
 
 
 def measure(problem: Problem, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every contender's errors, then all their times side by side, then their memory."""
+    """Every contender's errors and memory; why others do not take part."""
     torch.compiler.reset()
     models = Models(problem)
     expected = reference(problem, models)
     losses, missing = contenders(problem, args.contenders)
-    rows, steps = {}, dict[str, LinearStep]()
+    rows = []
     for name, loss in losses.items():
         step = LinearStep(loss, models)
-        rows[name] = row(problem, name, models) | errors(name, step, expected)
-        if not rows[name]["status"].startswith("failed"):
-            steps[name] = step
-    products = {"products": Products(models)}
-    with freed_memory_kept():
-        times = time_steps({**products, **steps}, problem.device, args.repeats, args.seconds)
-    products.clear()
-    gc.collect()
+        found = row(problem, name, models) | errors(name, step, expected)
+        if not found["status"].startswith("failed"):
+            found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
+        step.reset()
+        rows.append(found)
+    return [*rows, row(problem, "products", models) | {"status": "ok"}], missing
+
+
+def clock(problem: Problem, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Adds the times of those that `measure` found to work, side by side."""
+    torch.compiler.reset()
+    models = Models(problem)
+    losses, _ = contenders(problem, args.contenders)
+    of = {found["contender"]: found for found in rows if not found["status"].startswith("failed")}
+    steps: dict[str, LinearStep] = {"products": Products(models)}
+    steps |= {name: LinearStep(loss, models) for name, loss in losses.items() if name in of}
+    times = time_steps(dict(steps), problem.device, args.repeats, args.seconds)
     limit = statistics.median(times["products"])
-    rows["products"] = row(problem, "products", models) | {"status": "ok"}
     for name, found in times.items():
         p20, p50, p80 = quantiles(found)
-        rows[name].update(ms_p20=p20, ms_p50=p50, ms_p80=p80, rounds=len(found), share=limit / p50)
-    for name, step in steps.items():
-        step.reset()
-        rows[name]["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
-        step.reset()
-    return list(rows.values()), missing
+        of[name].update(ms_p20=p20, ms_p50=p50, ms_p80=p80, rounds=len(found), share=limit / p50)
 
 
 def close_pair(problem: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -281,35 +283,44 @@ def close_pair(problem: Problem, args: argparse.Namespace) -> list[dict[str, Any
     return results
 
 
-def over_positions(problems: list[Problem], args: argparse.Namespace, report: dict[str, Any], progress: Any) -> None:
-    """Memory, and the time of one run, from few to many positions; who would take too much is left out."""
+def memory_over_positions(problem: Problem, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every contender's memory; who would take too much, by what fewer positions took, is left out."""
+    torch.compiler.reset()
+    models = Models(problem)
     memory = report["machine"]["gpu_memory_bytes"] or report["machine"]["memory_bytes"]
-    last: dict[str, tuple[int, int]] = {}
-    for problem in problems:
-        progress.set_description(f"positions {problem}")
-        torch.compiler.reset()
-        models = Models(problem)
-        losses, _ = contenders(problem, [n for n in args.contenders if not n.endswith("_float")])
-        for name, loss in losses.items():
-            found = row(problem, name, models)
-            positions, peak = last.get(name, (1, 0))
-            if peak * problem.positions / positions > SHARE_OF_MEMORY * memory:
-                report["positions"].append(found | {"status": "left out: more memory than there is"})
-                continue
-            step = LinearStep(loss, models)
-            try:
-                if name == "compile":
-                    step()  # compiles
-                found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
-                with freed_memory_kept():
-                    (times,) = time_steps({name: step}, problem.device, 1, 0).values()
-                found |= {"ms": statistics.median(times), "status": "ok"}
-                last[name] = (problem.positions, found["peak_extra_bytes"] or 0)
-            except Exception as error:
-                found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    losses, _ = contenders(problem, [n for n in args.contenders if not n.endswith("_float")])
+    rows = []
+    for name, loss in losses.items():
+        found = row(problem, name, models)
+        rows.append(found)
+        before = [r for r in report["positions"] if r["contender"] == name and r.get("peak_extra_bytes")]
+        if (
+            before
+            and before[-1]["peak_extra_bytes"] * problem.positions / before[-1]["positions"] > SHARE_OF_MEMORY * memory
+        ):
+            found["status"] = "left out: more memory than there is"
+            continue
+        step = LinearStep(loss, models)
+        try:
+            if name == "compile":
+                step()  # compiles
+            found |= {"peak_extra_bytes": peak_extra_bytes(step, problem.device), "status": "ok"}
+        except Exception as error:
+            found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        step.reset()
+    return rows
+
+
+def clock_over_positions(problem: Problem, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Adds the time of one run of each."""
+    torch.compiler.reset()
+    models = Models(problem)
+    losses, _ = contenders(problem, args.contenders)
+    for found in rows:
+        if found["status"] == "ok":
+            step = LinearStep(losses[found["contender"]], models)
+            ((found["ms"],),) = time_steps({"it": step}, problem.device, 1, 0).values()
             step.reset()
-            report["positions"].append(found)
-        progress.update()
 
 
 def main(argv: list[str]) -> int:
@@ -347,21 +358,41 @@ def main(argv: list[str]) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(dumps(report, "linear"))
 
-    with tqdm(total=len(problems) + len(close) + len(many), disable=None) as progress:
-        for problem in problems:
-            progress.set_description(str(problem))
-            rows, missing = measure(problem, args)
-            report["linear"] += rows
-            report["left_out"] |= missing
-            save()
-            progress.update()
-        for problem in close:
-            progress.set_description(f"close {problem}")
-            report["close"] += close_pair(problem, args)
-            save()
-            progress.update()
-        over_positions(many, args, report, progress)
-        save()
+    # Memory first, then times: see keep_freed_memory.
+    of: dict[Problem, list[dict[str, Any]]] = {}
+
+    def first(problem: Problem) -> None:
+        of[problem], missing = measure(problem, args)
+        report["linear"] += of[problem]
+        report["left_out"] |= missing
+
+    def closely(problem: Problem) -> None:
+        report["close"] += close_pair(problem, args)
+
+    def over(problem: Problem) -> None:
+        report["positions"] += memory_over_positions(problem, args, report)
+
+    def timed(problem: Problem) -> None:
+        keep_freed_memory()
+        clock(problem, args, of[problem])
+
+    def timed_over(problem: Problem) -> None:
+        clock_over_positions(problem, args, [r for r in report["positions"] if r["positions"] == problem.positions])
+
+    stages: list[tuple[str, list[Problem], Callable[[Problem], None]]] = [
+        ("errors and memory", problems, first),
+        ("close pairs", close, closely),
+        ("memory over positions", many, over),
+        ("time", problems, timed),
+        ("time over positions", many, timed_over),
+    ]
+    with tqdm(total=sum(len(of_stage) for _, of_stage, _ in stages), disable=None) as progress:
+        for name, of_stage, do in stages:
+            for problem in of_stage:
+                progress.set_description(f"{name}, {problem}")
+                do(problem)
+                save()
+                progress.update()
     for kind in report_linear.TABLES:
         print(report_linear.TABLES[kind](report), end="\n\n")
     broken = [

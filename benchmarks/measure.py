@@ -6,7 +6,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,22 +208,16 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     return max(0, _status_bytes("VmHWM") - before)
 
 
-@contextlib.contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Inside, freed CPU memory stays the process's (glibc only), as allocators for training have it.
+def keep_freed_memory() -> None:
+    """From here on freed CPU memory stays the process's (glibc only), as allocators for training have it.
 
     New pages are cleared by the system: of large tensors that is a good part of the time, and on a virtual machine it
-    depends on what the others do. Outside it goes back, or peaks of memory would be those of its fragments.
+    depends on what the others do. Peaks of memory are to be measured before, or they would be those of its fragments.
     """
     trim_threshold, mmap_max = -1, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
     mallopt(trim_threshold, -1)  # never
     mallopt(mmap_max, 0)
-    try:
-        yield
-    finally:
-        mallopt(trim_threshold, 128 << 10)  # the defaults
-        mallopt(mmap_max, 65536)
 
 
 def _status_bytes(key: str) -> int:

@@ -25,7 +25,7 @@ def speed(run: Run) -> str:
         shape = f"{record['positions']} x {record['hidden']} x {record['vocab']}"
         head = [shape, record["dtype"], record["contender"]]
         if "ms_p50" not in record:
-            lines.append([*head, "failed", *["-"] * 5])
+            lines.append([*head, record["status"].split(":")[0] if record["status"] != "ok" else "no time", *["-"] * 5])
             continue
         errors = (
             number(record[f"{of}_error"]) if f"{of}_error" in record else "-" for of in ("loss", "hidden", "weight")
@@ -79,12 +79,9 @@ def positions(run: Run) -> str:
     names = list(dict.fromkeys(record["contender"] for record in records))
     lines: dict[int, dict[str, str]] = {}
     for record in records:
-        done = record["status"] == "ok"
-        text = (
-            f"{_size(record['peak_extra_bytes'])}, {record['ms'] / 1e3:.2g} s"
-            if done
-            else record["status"].split(":")[0]
-        )
+        text = record["status"].split(":")[0]
+        if text == "ok":
+            text = _size(record["peak_extra_bytes"]) + (f", {record['ms'] / 1e3:.2g} s" if "ms" in record else "")
         lines.setdefault(record["positions"], {})[record["contender"]] = text
     table = _markdown(
         ["positions", *names], [[f"{n}", *(line.get(m, "-") for m in names)] for n, line in lines.items()]

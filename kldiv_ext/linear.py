@@ -85,10 +85,10 @@ class Workspace(NamedTuple):
     def need(self, models: Models, columns: int, wanted: tuple[bool, bool]) -> Need:
         """For so many classes; `wanted`: the gradients of whose logits are."""
         gradients, logits = 0, 0
-        sides = (columns, columns if models.teacher_weight is not None else None)
-        for dtype, gradient, made in zip(self.product_dtypes(models), wanted, sides, strict=True):
+        weights = models.student_weight, models.teacher_weight
+        for dtype, gradient, weight in zip(self.product_dtypes(models), wanted, weights, strict=True):
             wide = logits_dtype(dtype, models.student.device)
-            if made is None:  # given: they and their gradient may have to be copied, and they converted
+            if weight is None:  # given: they and their gradient may have to be copied, and they converted
                 copies = dtype.itemsize * (1 + gradient) + (wide.itemsize if wide != dtype else 0)
                 logits += models.teacher.shape[-1] * copies
                 continue
