@@ -283,8 +283,8 @@ def close_pair(problem: Problem, args: argparse.Namespace) -> list[dict[str, Any
     return results
 
 
-def memory_over_positions(problem: Problem, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every contender's memory; who would take too much, by what fewer positions took, is left out."""
+def over_positions(problem: Problem, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every contender's memory and the time of one run; who would take too much, after fewer positions, is left out."""
     torch.compiler.reset()
     models = Models(problem)
     memory = report["machine"]["gpu_memory_bytes"] or report["machine"]["memory_bytes"]
@@ -304,23 +304,13 @@ def memory_over_positions(problem: Problem, args: argparse.Namespace, report: di
         try:
             if name == "compile":
                 step()  # compiles
-            found |= {"peak_extra_bytes": peak_extra_bytes(step, problem.device), "status": "ok"}
+            found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
+            ((found["ms"],),) = time_steps({"it": step}, problem.device, 1, 0).values()
+            found["status"] = "ok"
         except Exception as error:
             found["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         step.reset()
     return rows
-
-
-def clock_over_positions(problem: Problem, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Adds the time of one run of each."""
-    torch.compiler.reset()
-    models = Models(problem)
-    losses, _ = contenders(problem, args.contenders)
-    for found in rows:
-        if found["status"] == "ok":
-            step = LinearStep(losses[found["contender"]], models)
-            ((found["ms"],),) = time_steps({"it": step}, problem.device, 1, 0).values()
-            step.reset()
 
 
 def main(argv: list[str]) -> int:
@@ -370,21 +360,17 @@ def main(argv: list[str]) -> int:
         report["close"] += close_pair(problem, args)
 
     def over(problem: Problem) -> None:
-        report["positions"] += memory_over_positions(problem, args, report)
+        report["positions"] += over_positions(problem, args, report)
 
     def timed(problem: Problem) -> None:
         keep_freed_memory()
         clock(problem, args, of[problem])
 
-    def timed_over(problem: Problem) -> None:
-        clock_over_positions(problem, args, [r for r in report["positions"] if r["positions"] == problem.positions])
-
     stages: list[tuple[str, list[Problem], Callable[[Problem], None]]] = [
         ("errors and memory", problems, first),
         ("close pairs", close, closely),
-        ("memory over positions", many, over),
+        ("over positions", many, over),
         ("time", problems, timed),
-        ("time over positions", many, timed_over),
     ]
     with tqdm(total=sum(len(of_stage) for _, of_stage, _ in stages), disable=None) as progress:
         for name, of_stage, do in stages:

@@ -81,14 +81,14 @@ def positions(run: Run) -> str:
     for record in records:
         text = record["status"].split(":")[0]
         if text == "ok":
-            text = _size(record["peak_extra_bytes"]) + (f", {record['ms'] / 1e3:.2g} s" if "ms" in record else "")
+            text = f"{_size(record['peak_extra_bytes'])}, {record['ms'] / 1e3:.2g} s"
         lines.setdefault(record["positions"], {})[record["contender"]] = text
     table = _markdown(
         ["positions", *names], [[f"{n}", *(line.get(m, "-") for m in names)] for n, line in lines.items()]
     )
     first = records[0]
     caption = (
-        f"Peak memory beyond the inputs, gradients included, and time, from few to many positions; {first['dtype']}, "
+        f"Peak memory beyond the inputs, gradients included, and the time of one run, from few to many positions; {first['dtype']}, "
         f"hidden size {first['hidden']}, {first['vocab']} classes. Left out: who would take more than 60 % of the "
         f"machine's memory. {provenance(run)}"
     )
