@@ -294,10 +294,8 @@ def over_positions(problem: Problem, args: argparse.Namespace, report: dict[str,
         found = row(problem, name, models)
         rows.append(found)
         before = [r for r in report["positions"] if r["contender"] == name and r.get("peak_extra_bytes")]
-        if (
-            before
-            and before[-1]["peak_extra_bytes"] * problem.positions / before[-1]["positions"] > SHARE_OF_MEMORY * memory
-        ):
+        expected = before[-1]["peak_extra_bytes"] * problem.positions / before[-1]["positions"] if before else 0
+        if expected > SHARE_OF_MEMORY * memory:
             found["status"] = "left out: more memory than there is"
             continue
         step = LinearStep(loss, models)

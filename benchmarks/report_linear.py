@@ -88,9 +88,9 @@ def positions(run: Run) -> str:
     )
     first = records[0]
     caption = (
-        f"Peak memory beyond the inputs, gradients included, and the time of one run, from few to many positions; {first['dtype']}, "
-        f"hidden size {first['hidden']}, {first['vocab']} classes. Left out: who would take more than 60 % of the "
-        f"machine's memory. {provenance(run)}"
+        "Peak memory beyond the inputs, gradients included, and the time of one run, from few to many positions; "
+        f"{first['dtype']}, hidden size {first['hidden']}, {first['vocab']} classes. Left out: who would take "
+        f"more than 60 % of the machine's memory. {provenance(run)}"
     )
     return f"{table}\n\n{caption}"
 

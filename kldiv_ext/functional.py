@@ -391,7 +391,8 @@ def linear_distillation_loss(
     Memory beyond ``max_workspace``: the gradients that are returned; for each 16-bit weight that gets one, unless there
     is a single chunk (on the CPU two), ``4 * V * H`` bytes for its sum, until it has been rounded; under autocast,
     copies of weights of another dtype; a few megabytes on the CPU, ``4 * V`` for a bias, and a chunk's hidden states
-    where some do not count or are cast. Never anything in the number of positions times the vocabulary.
+    where some do not count, are cast, or lie so that no view has them side by side; and what PyTorch's products take
+    themselves, on a CPU up to a repacked weight. Never anything in the number of positions times the vocabulary.
 
     Where the gradients are made: in this call, so that backward only multiplies them by ``grad_output``. With
     ``reduction="none"``, and in float16, where they would underflow without the `GradScaler`'s factor, they are made in
