@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu.sh [OUT] [build|tests|sanitize|benchmark|linear|accuracy|report]...
 #
-# OUT (or $OUT) receives GPU-DATE.json, linear-GPU-DATE.json, accuracy-GPU-DATE.json, summary.txt and logs.tar.gz. Without names all stages
-# run but report, which puts the results of OUT into benchmarks/results, the README and the plots. A stage that fails
-# does not stop the next; the exit status is 1 if one did. Environment:
+# OUT (or $OUT) receives GPU-DATE.json, linear-GPU-DATE.json, accuracy-GPU-DATE.json, summary.txt and logs.tar.gz.
+# Without names all stages run but report, which puts the results of OUT into benchmarks/results, the README and the
+# plots. A stage that fails does not stop the next; the exit status is 1 if one did. Environment:
 #   PYTHON                  default python3
 #   WHEELS                  a folder of wheels that this Python lacks
 #   COMMIT                  named in the results where the copy has no history
@@ -15,7 +15,8 @@
 set -euo pipefail
 
 readonly default_stages=(build tests sanitize benchmark linear accuracy)
-declare -A seconds=([build]=130 [tests]=120 [sanitize]=85 [benchmark]=130 [linear]=60 [accuracy]=55 [report]=60) # 580 and report
+# 580 s in all, without report.
+declare -A seconds=([build]=130 [tests]=120 [sanitize]=85 [benchmark]=130 [linear]=60 [accuracy]=55 [report]=60)
 script=$(realpath "$0")
 cd "$(dirname "$script")/.."
 export PYTHONUNBUFFERED=1 PATH="$PATH:/usr/local/cuda/bin"

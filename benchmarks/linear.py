@@ -236,12 +236,16 @@ def row(problem: Problem, name: str, models: Models) -> dict[str, Any]:
     }
 
 
+def prepare(problem: Problem, args: argparse.Namespace) -> tuple[Models, dict[str, Loss], dict[str, str]]:
+    """Inputs, and `contenders` that have compiled nothing yet."""
+    torch.compiler.reset()
+    return Models(problem), *contenders(problem, args.contenders)
+
+
 def measure(problem: Problem, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every contender's errors and memory; why others do not take part."""
-    torch.compiler.reset()
-    models = Models(problem)
+    models, losses, missing = prepare(problem, args)
     expected = reference(problem, models)
-    losses, missing = contenders(problem, args.contenders)
     rows = []
     for name, loss in losses.items():
         step = LinearStep(loss, models)
@@ -255,9 +259,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> tuple[list[dict[str, 
 
 def clock(problem: Problem, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Adds the times of those that `measure` found to work, side by side."""
-    torch.compiler.reset()
-    models = Models(problem)
-    losses, _ = contenders(problem, args.contenders)
+    models, losses, _ = prepare(problem, args)
     of = {found["contender"]: found for found in rows if not found["status"].startswith("failed")}
     steps: dict[str, LinearStep] = {"products": Products(models)}
     steps |= {name: LinearStep(loss, models) for name, loss in losses.items() if name in of}
@@ -270,10 +272,8 @@ def clock(problem: Problem, args: argparse.Namespace, rows: list[dict[str, Any]]
 
 def close_pair(problem: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Errors where the student is close to the teacher."""
-    torch.compiler.reset()
-    models = Models(problem)
+    models, losses, _ = prepare(problem, args)
     expected = reference(problem, models)
-    losses, _ = contenders(problem, args.contenders)
     results = []
     for name, loss in losses.items():
         found = errors(name, LinearStep(loss, models), expected)
@@ -285,12 +285,12 @@ def close_pair(problem: Problem, args: argparse.Namespace) -> list[dict[str, Any
 
 def over_positions(problem: Problem, args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every contender's memory and the time of one run; who would take too much, after fewer positions, is left out."""
-    torch.compiler.reset()
-    models = Models(problem)
+    models, losses, _ = prepare(problem, args)
     memory = report["machine"]["gpu_memory_bytes"] or report["machine"]["memory_bytes"]
-    losses, _ = contenders(problem, [n for n in args.contenders if not n.endswith("_float")])
     rows = []
     for name, loss in losses.items():
+        if name.endswith("_float"):
+            continue
         found = row(problem, name, models)
         rows.append(found)
         before = [r for r in report["positions"] if r["contender"] == name and r.get("peak_extra_bytes")]
