@@ -183,18 +183,16 @@ def copy_bandwidth(device: str) -> float:
 
 
 def peak_extra_bytes(step: Step, device: str) -> int | None:
-    """`peak_of` a run; the gradient that it returns is part of it."""
+    """Most memory beyond the inputs at any moment of a run; None where it cannot be measured.
+
+    The gradient that the run returns is part of it.
+    """
     step.reset()
-    return peak_of(step, device)
-
-
-def peak_of(function: Callable[[], object], device: str) -> int | None:
-    """Most memory, in bytes, beyond what is there before, at any moment of a call; None where it cannot be measured."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
@@ -206,7 +204,7 @@ def peak_of(function: Callable[[], object], device: str) -> int | None:
     except OSError:
         return None
     before = _status_bytes("VmRSS")
-    function()
+    step()
     return max(0, _status_bytes("VmHWM") - before)
 
 
