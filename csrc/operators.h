@@ -14,15 +14,25 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "args.h"
+#include "options.h"
 #include "row_state.h"
 
 namespace kldiv {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+struct LossOptions {
+  KLDIV_LOSS_OPTIONS(KLDIV_MEMBER)
+};
+
+struct StatsOptions {
+  KLDIV_STATS_OPTIONS(KLDIV_MEMBER)
+};
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -97,14 +107,6 @@ inline void check_rows(const char* op, const char* name, const Tensor& tensor, S
                   "kldiv_ext::", op, ": ", name, " must be contiguous, [rows], of the right dtype, on the same device");
 }
 
-// What a reduction divides by.
-inline double divisor(const std::string& reduction, int64_t items, const Tensor& tensor) {
-  if (reduction == "mean") return static_cast<double>(items);
-  if (reduction == "batchmean") return tensor.dim() > 1 ? static_cast<double>(tensor.size(0)) : 1;
-  STD_TORCH_CHECK(reduction == "sum" || reduction == "none", "kldiv_ext: unknown reduction ", reduction);
-  return 1;
-}
-
 inline Output output(Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
 
 // A gradient like `input` but contiguous, or [0] where it is not wanted.
@@ -120,65 +122,61 @@ inline LogitsGradient logits_gradient(Tensor& gradient) {
   return {output(gradient), row_layout(gradient), columns_of(gradient)};
 }
 
-inline void set_logits(LogitsArgs& args, const char* op, const Tensor& student, const Tensor& teacher,
-                       const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale, double temperature,
-                       const std::vector<double>& scales, const std::vector<double>& softcaps,
-                       std::optional<int64_t> valid_vocab) {
-  check_pair(op, student, teacher, valid_vocab.has_value());
+// The options of both structs, checked and written into `args`.
+template <typename Options>
+void set_logits(LogitsArgs& args, const char* op, const Tensor& student, const Tensor& teacher,
+                const Options& options) {
+  check_pair(op, student, teacher, options.valid_vocab.has_value());
   args.student = matrix(student);
   args.teacher = matrix(teacher);
   args.rows = rows_of(student);
-  args.columns = valid_vocab.value_or(columns_of(student));
+  args.columns = options.valid_vocab.value_or(columns_of(student));
   STD_TORCH_CHECK(args.columns > 0 && args.columns <= columns_of(student) && args.columns <= columns_of(teacher),
                   "kldiv_ext::", op, ": the vocabulary is empty, or valid_vocab exceeds it");
-  STD_TORCH_CHECK(scales.size() == 2 && softcaps.size() == 2, "kldiv_ext::", op,
+  STD_TORCH_CHECK(options.logit_scale.size() == 2 && options.logit_softcap.size() == 2, "kldiv_ext::", op,
                   ": logit_scale and logit_softcap must be [student, teacher]");
-  args.student_scale = scales[0];
-  args.teacher_scale = scales[1];
-  args.student_cap = softcaps[0];
-  args.teacher_cap = softcaps[1];
-  args.temperature = temperature;
-  if (labels.has_value()) {
-    check_rows(op, "labels", *labels, ScalarType::Long, args.rows, student);
-    args.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  args.student_scale = options.logit_scale[0];
+  args.teacher_scale = options.logit_scale[1];
+  args.student_cap = options.logit_softcap[0];
+  args.teacher_cap = options.logit_softcap[1];
+  args.temperature = options.temperature;
+  if (options.labels.has_value()) {
+    check_rows(op, "labels", *options.labels, ScalarType::Long, args.rows, student);
+    args.labels = static_cast<const int64_t*>(options.labels->const_data_ptr());
   }
-  if (row_scale.has_value()) {
-    check_rows(op, "row_scale", *row_scale, scalar_type_of(args.acc_dtype()), args.rows, student);
-    args.row_scale = row_scale->const_data_ptr();
+  if (options.row_scale.has_value()) {
+    check_rows(op, "row_scale", *options.row_scale, scalar_type_of(args.acc_dtype()), args.rows, student);
+    args.row_scale = options.row_scale->const_data_ptr();
   }
 }
 
 inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
-                                          const std::optional<Tensor>& labels, const std::optional<Tensor>& row_scale,
-                                          double soft_scale, double hard_scale, const std::string& reduction,
-                                          const std::string& divergence, double parameter, double temperature,
-                                          const std::vector<double>& scales, const std::vector<double>& softcaps,
-                                          std::optional<int64_t> valid_vocab) {
+                                          const LossOptions& options) {
   DistillationArgs args;
-  set_logits(args, op, student, teacher, labels, row_scale, temperature, scales, softcaps, valid_vocab);
-  STD_TORCH_CHECK(hard_scale == 0 || labels.has_value(), "kldiv_ext::", op, ": hard_scale needs labels");
-  if (hard_scale == 0) args.labels = nullptr;
-  STD_TORCH_CHECK(dispatch_divergence(divergence, parameter, [](const auto&) {}), "kldiv_ext::", op,
-                  ": unknown divergence ", divergence);
-  // What has no weight is not there at all: 0, and not 0 * inf.
-  if (soft_scale != 0) args.divergence = divergence;
-  args.parameter = parameter;
-  const double per_item = 1 / divisor(reduction, args.rows, student);
-  args.soft_scale = soft_scale * per_item;
-  args.hard_scale = hard_scale * per_item;
+  set_logits(args, op, student, teacher, options);
+  STD_TORCH_CHECK(options.hard_scale == 0 || options.labels.has_value(), "kldiv_ext::", op,
+                  ": hard_scale needs labels");
+  if (options.hard_scale == 0) args.labels = nullptr;
+  STD_TORCH_CHECK(dispatch_divergence(options.divergence, options.parameter, [](const auto&) {}), "kldiv_ext::", op,
+                  ": unknown divergence ", options.divergence);
+  // A part of scale 0 is absent: it contributes 0, not 0 * inf.
+  if (options.soft_scale != 0) args.divergence = options.divergence;
+  args.parameter = options.parameter;
+  STD_TORCH_CHECK(options.divisor.value_or(1) > 0, "kldiv_ext::", op, ": divisor must be positive");
+  const double per_row = 1 / static_cast<double>(options.divisor.value_or(1));
+  args.soft_scale = options.soft_scale * per_row;
+  args.hard_scale = options.hard_scale * per_row;
   return args;
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
-    Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_scale, double soft_scale,
-    double hard_scale, std::string reduction, std::string divergence, double parameter, double temperature,
-    std::vector<double> scales, std::vector<double> softcaps, std::optional<int64_t> valid_vocab, bool grad_student,
-    bool grad_teacher, bool early) {
-  DistillationArgs args =
-      distillation_args("distillation_loss", student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
-                        divergence, parameter, temperature, scales, softcaps, valid_vocab);
-  const bool reduce = reduction != "none";
+std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensor student,
+                                                             Tensor teacher KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER),
+                                                             bool grad_student, bool grad_teacher,
+                                                             bool grads_in_forward) {
+  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  DistillationArgs args = distillation_args("distillation_loss", student, teacher, options);
+  const bool reduce = options.divisor.has_value();
   const ScalarType acc = scalar_type_of(args.acc_dtype());
   Tensor row_loss = torch::stable::new_empty(student, {args.rows}, acc);
   Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
@@ -186,14 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   const int64_t scratch_bytes = Device::distillation_scratch(args.columns, student);
   Tensor scratch = scratch_bytes > 0 ? torch::stable::new_empty(student, {scratch_bytes}, ScalarType::Byte) : row_loss;
   args.wanted = {grad_student, grad_teacher};
-  Tensor student_gradient = new_gradient<Device>(student, early && grad_student);
-  Tensor teacher_gradient = new_gradient<Device>(teacher, early && grad_teacher);
+  Tensor student_gradient = new_gradient<Device>(student, grads_in_forward && grad_student);
+  Tensor teacher_gradient = new_gradient<Device>(teacher, grads_in_forward && grad_teacher);
   args.row_loss = row_loss.mutable_data_ptr();
   args.row_constants = row_constants.mutable_data_ptr();
   if (reduce) args.loss = loss.mutable_data_ptr();
   if (scratch_bytes > 0) args.scratch = scratch.mutable_data_ptr();
-  if (early && grad_student) args.grad_student = logits_gradient(student_gradient);
-  if (early && grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
+  if (grads_in_forward && grad_student) args.grad_student = logits_gradient(student_gradient);
+  if (grads_in_forward && grad_teacher) args.grad_teacher = logits_gradient(teacher_gradient);
   Device::distillation(args, student);
   return {loss, row_constants, student_gradient, teacher_gradient};
 }
@@ -216,15 +214,11 @@ inline void set_backward(DistillationArgs& args, const char* op, const Tensor& g
 
 template <typename Device>
 std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor student, Tensor teacher,
-                                                      Tensor row_constants, std::optional<Tensor> labels,
-                                                      std::optional<Tensor> row_scale, double soft_scale,
-                                                      double hard_scale, std::string reduction, std::string divergence,
-                                                      double parameter, double temperature, std::vector<double> scales,
-                                                      std::vector<double> softcaps, std::optional<int64_t> valid_vocab,
+                                                      Tensor row_constants KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER),
                                                       bool grad_student, bool grad_teacher) {
   const char* op = "distillation_loss_backward";
-  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
-                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  DistillationArgs args = distillation_args(op, student, teacher, options);
   set_backward(args, op, grad_output, row_constants, student);
   args.wanted = {grad_student, grad_teacher};
   Tensor student_gradient = new_gradient<Device>(student, grad_student);
@@ -236,14 +230,11 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor
 }
 
 template <typename Device>
-Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor teacher, Tensor row_constants,
-                                   std::optional<Tensor> labels, std::optional<Tensor> row_scale, double soft_scale,
-                                   double hard_scale, std::string reduction, std::string divergence, double parameter,
-                                   double temperature, std::vector<double> scales, std::vector<double> softcaps,
-                                   std::optional<int64_t> valid_vocab, bool grad_teacher) {
+Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor teacher,
+                                   Tensor row_constants KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER), bool grad_teacher) {
   const char* op = "distillation_loss_backward_";
-  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
-                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  DistillationArgs args = distillation_args(op, student, teacher, options);
   set_backward(args, op, grad_output, row_constants, student);
   args.wanted = {true, grad_teacher};
   args.grad_student = logits_gradient(student);
@@ -254,16 +245,12 @@ Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor te
 }
 
 template <typename Device>
-void distillation_loss_out(Tensor student, Tensor teacher, std::optional<Tensor> labels,
-                           std::optional<Tensor> row_scale, double soft_scale, double hard_scale, std::string reduction,
-                           std::string divergence, double parameter, double temperature, std::vector<double> scales,
-                           std::vector<double> softcaps, std::optional<int64_t> valid_vocab,
+void distillation_loss_out(Tensor student, Tensor teacher KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER),
                            std::optional<Tensor> grad_output, Tensor row_loss, std::optional<Tensor> student_gradient,
                            std::optional<Tensor> teacher_gradient) {
   const char* op = "distillation_loss_out";
-  STD_TORCH_CHECK(reduction == "none", "kldiv_ext::", op, ": reduction must be none");
-  DistillationArgs args = distillation_args(op, student, teacher, labels, row_scale, soft_scale, hard_scale, reduction,
-                                            divergence, parameter, temperature, scales, softcaps, valid_vocab);
+  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  DistillationArgs args = distillation_args(op, student, teacher, options);
   const ScalarType acc = scalar_type_of(args.acc_dtype());
   check_rows(op, "row_loss", row_loss, acc, args.rows, student);
   Tensor row_constants = torch::stable::new_empty(student, {args.rows, RowConstants<float>::kCount}, acc);
@@ -286,11 +273,10 @@ void distillation_loss_out(Tensor student, Tensor teacher, std::optional<Tensor>
 }
 
 template <typename Device>
-Tensor token_stats(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_scale,
-                   double temperature, std::vector<double> scales, std::vector<double> softcaps,
-                   std::optional<int64_t> valid_vocab) {
+Tensor token_stats(Tensor student, Tensor teacher KLDIV_STATS_OPTIONS(KLDIV_PARAMETER)) {
+  const StatsOptions options{KLDIV_STATS_OPTIONS(KLDIV_ARGUMENT)};
   TokenStatsArgs args;
-  set_logits(args, "token_stats", student, teacher, labels, row_scale, temperature, scales, softcaps, valid_vocab);
+  set_logits(args, "token_stats", student, teacher, options);
   Tensor stats =
       torch::stable::new_empty(student, {args.rows, RowStats<float>::kCount}, scalar_type_of(args.acc_dtype()));
   args.row_stats = stats.mutable_data_ptr();
@@ -317,15 +303,13 @@ void scale_(Tensor gradient, Tensor factor) {
   Device::scale(args, gradient);
 }
 
-inline PointwiseArgs pointwise_args(const Tensor& target, const std::string& reduction, bool log_target) {
+inline PointwiseArgs pointwise_args(const Tensor& target, std::optional<int64_t> divisor, bool log_target) {
   PointwiseArgs args;
   args.target = matrix(target);
   args.rows = rows_of(target);
   args.columns = columns_of(target);
   args.log_target = log_target;
-  // F.kl_div's batchmean divides a 1-D tensor's sum as well.
-  args.scale = 1 / (reduction == "batchmean" ? static_cast<double>(target.size(0))
-                                             : divisor(reduction, args.rows * args.columns, target));
+  args.scale = 1 / static_cast<double>(divisor.value_or(1));
   return args;
 }
 
@@ -337,13 +321,13 @@ inline void flatten_if(PointwiseArgs& args, bool contiguous) {
 }
 
 template <typename Device>
-Tensor kl_div(Tensor input, Tensor target, std::string reduction, bool log_target) {
+Tensor kl_div(Tensor input, Tensor target, std::optional<int64_t> divisor, bool log_target) {
   check_pair("kl_div", input, target);
-  PointwiseArgs args = pointwise_args(target, reduction, log_target);
+  PointwiseArgs args = pointwise_args(target, divisor, log_target);
   args.input = matrix(input);
   flatten_if(args, input.is_contiguous() && target.is_contiguous());
   const ScalarType acc = scalar_type_of(args.acc_dtype());
-  if (reduction == "none") {
+  if (!divisor.has_value()) {
     const bool same = input.scalar_type() == target.scalar_type();
     Tensor terms = torch::stable::new_empty(input, input.sizes(), same ? input.scalar_type() : acc);
     args.output = output(terms);
@@ -360,9 +344,10 @@ Tensor kl_div(Tensor input, Tensor target, std::string reduction, bool log_targe
 
 template <typename Device>
 std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Tensor> input, Tensor target,
-                                           std::string reduction, bool log_target, bool grad_input, bool grad_target) {
+                                           std::optional<int64_t> divisor, bool log_target, bool grad_input,
+                                           bool grad_target) {
   const char* op = "kl_div_backward";
-  PointwiseArgs args = pointwise_args(target, reduction, log_target);
+  PointwiseArgs args = pointwise_args(target, divisor, log_target);
   bool contiguous = target.is_contiguous();
   if (input.has_value()) {
     check_pair(op, *input, target);

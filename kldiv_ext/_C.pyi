@@ -1,3 +1,5 @@
-# What the extension module holds besides the operators it registers.
+# What the extension module holds besides the operators that it registers.
 cpu_isa: str
 divergences: dict[str, str]
+row_constants: int
+row_stats: int

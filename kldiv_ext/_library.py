@@ -1,4 +1,4 @@
-"""Loads the shared objects and tells torch the shapes of what their operators return."""
+"""Loads the shared objects and registers the fake kernels: shapes and dtypes of what the operators return."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from torch import Tensor
 from . import _C, _build_info
 
 DIVERGENCES: dict[str, str] = _C.divergences
-"""Every divergence and the name of its parameter ("" for none)."""
+"""{divergence: name of its parameter, or "" where it has none}"""
 
-# What the environment may force upon the kernels.
+ROW_CONSTANTS = _C.row_constants
+"""How many numbers per row the operator `distillation_loss` keeps for its backward."""
+
+ROW_STATS = _C.row_stats
+"""How many numbers per row the operator `token_stats` returns."""
+
+# Environment variables that choose among the kernels, and their values.
 _FORCED = {"KLDIV_EXT_CPU_ISA": ("avx512", "avx2", "portable"), "KLDIV_EXT_CUDA_TIER": ("resident", "streamed")}
 for _variable, _allowed in _FORCED.items():
     _value = os.environ.get(_variable, "")
@@ -24,7 +30,7 @@ for _variable, _allowed in _FORCED.items():
 
 
 def _load_cuda() -> str:
-    """Load the CUDA kernels; "" or why they are missing."""
+    """Load the CUDA kernels; returns why they are missing, or ""."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     path = Path(__file__).with_name("_C_cuda.abi3.so")
@@ -46,20 +52,23 @@ ops = torch.ops.kldiv_ext
 library = torch.library.Library("kldiv_ext", "IMPL")
 
 
-ROW_CONSTANTS = 14
-"""How many numbers per row the operator `distillation_loss` keeps for its backward."""
-
-ROW_STATS = 9
-"""How many numbers per row `token_stats` returns."""
-
-
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and losses: float64 if any tensor is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _gradient(like: Tensor, wanted: bool) -> Tensor:
-    return like.new_empty(like.shape if wanted else [0])
+def _gradient(like: Tensor, needed: bool) -> Tensor:
+    return like.new_empty(like.shape if needed else [0])
+
+
+def _rows(logits: Tensor) -> int:
+    return logits.numel() // logits.shape[-1]
+
+
+def _losses(student: Tensor, teacher: Tensor, divisor: int | None) -> Tensor:
+    """One loss per row, or their sum."""
+    shape = [_rows(student)] if divisor is None else []
+    return student.new_empty(shape, dtype=accumulation_dtype(student, teacher))
 
 
 @torch.library.register_fake("kldiv_ext::distillation_loss")
@@ -70,33 +79,31 @@ def _(
     row_scale: Tensor | None,
     soft_scale: float,
     hard_scale: float,
-    reduction: str,
-    *options: Any,
+    divisor: int | None,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, grad_student, grad_teacher, early = options
-    rows = student.numel() // student.shape[-1]
-    dtype = accumulation_dtype(student, teacher)
+    *_, grad_student, grad_teacher, grads_in_forward = others
     return (
-        student.new_empty([rows] if reduction == "none" else [], dtype=dtype),
-        student.new_empty([rows, ROW_CONSTANTS], dtype=dtype),
-        _gradient(student, early and grad_student),
-        _gradient(teacher, early and grad_teacher),
+        _losses(student, teacher, divisor),
+        student.new_empty([_rows(student), ROW_CONSTANTS], dtype=accumulation_dtype(student, teacher)),
+        _gradient(student, grads_in_forward and grad_student),
+        _gradient(teacher, grads_in_forward and grad_teacher),
     )
 
 
 @torch.library.register_fake("kldiv_ext::distillation_loss_backward")
-def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *_, grad_student, grad_teacher = options
+def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, grad_student, grad_teacher = others
     return _gradient(student, grad_student), _gradient(teacher, grad_teacher)
 
 
 @torch.library.register_fake("kldiv_ext::distillation_loss_backward_")
-def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
-    return _gradient(teacher, options[-1])
+def _(grad_output: Tensor, student: Tensor, teacher: Tensor, *others: Any) -> Tensor:
+    return _gradient(teacher, others[-1])
 
 
 @torch.library.register_fake("kldiv_ext::distillation_loss_out")
-def _(student: Tensor, teacher: Tensor, *options: Any) -> None:
+def _(student: Tensor, teacher: Tensor, *others: Any) -> None:
     return None
 
 
@@ -112,20 +119,18 @@ def _(
     row_scale: Tensor | None,
     soft_scale: float,
     hard_scale: float,
-    reduction: str,
-    *options: Any,
+    divisor: int | None,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    wanted = options[-1]
-    shape = [student.numel() // student.shape[-1]] if reduction == "none" else []
+    needs_grad = others[-1]
     sources = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
-    gradients = (_gradient(student if t is None else t, w) for t, w in zip(sources, wanted, strict=True))
-    return student.new_empty(shape, dtype=accumulation_dtype(student, teacher)), *gradients
+    gradients = (_gradient(student if t is None else t, n) for t, n in zip(sources, needs_grad, strict=True))
+    return _losses(student, teacher, divisor), *gradients
 
 
 @torch.library.register_fake("kldiv_ext::token_stats")
-def _(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
-    rows = student.numel() // student.shape[-1]
-    return student.new_empty([rows, ROW_STATS], dtype=accumulation_dtype(student, teacher))
+def _(student: Tensor, teacher: Tensor, *others: Any) -> Tensor:
+    return student.new_empty([_rows(student), ROW_STATS], dtype=accumulation_dtype(student, teacher))
 
 
 @torch.library.register_fake("kldiv_ext::new_output")
@@ -139,8 +144,8 @@ def _(gradient: Tensor, factor: Tensor) -> None:
 
 
 @torch.library.register_fake("kldiv_ext::kl_div")
-def _(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
-    if reduction == "none":
+def _(input: Tensor, target: Tensor, divisor: int | None, log_target: bool) -> Tensor:
+    if divisor is None:
         return input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, target.dtype))
     return input.new_empty([], dtype=accumulation_dtype(input, target))
 
@@ -150,7 +155,7 @@ def _(
     grad_output: Tensor,
     input: Tensor | None,
     target: Tensor,
-    reduction: str,
+    divisor: int | None,
     log_target: bool,
     grad_input: bool,
     grad_target: bool,

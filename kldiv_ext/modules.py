@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from . import checks, functional
+from . import functional
+from .options import DistillationOptions, LinearDistillationOptions, completed, takes
 
 
 class KLDivLoss(nn.KLDivLoss):
@@ -21,13 +23,19 @@ class KLDivLoss(nn.KLDivLoss):
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class DistillationLoss(nn.Module):
-    r"""`kldiv_ext.distillation_loss` with its options fixed.
+class _Loss(nn.Module):
+    """A loss whose options are fixed at construction."""
 
-    Args:
-        options: the keyword arguments of `kldiv_ext.distillation_loss` that are not tensors: ``divergence``, ``beta``,
-            ``skew``, ``alpha``, ``temperature``, ``scale_by_temperature_squared``, ``soft_weight``, ``hard_weight``,
-            ``ignore_index``, ``reduction``, ``valid_vocab``, ``logit_softcap``, ``logit_scale``, ``inplace_backward``.
+    def __init__(self, kind: type, given: Any) -> None:
+        super().__init__()
+        self.options: Any = completed(type(self).__name__, kind, given)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class DistillationLoss(_Loss):
+    r"""`kldiv_ext.distillation_loss` with its options fixed.
 
     Equivalent to::
 
@@ -35,42 +43,14 @@ class DistillationLoss(nn.Module):
                                     num_items=num_items, **options)
     """
 
-    def __init__(
-        self,
-        *,
-        divergence: str = "forward_kl",
-        beta: float = 0.5,
-        skew: float = 0.1,
-        alpha: float = 0.5,
-        temperature: float = 1.0,
-        scale_by_temperature_squared: bool = False,
-        soft_weight: float = 1.0,
-        hard_weight: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        valid_vocab: int | None = None,
-        logit_softcap: float | tuple[float | None, float | None] | None = None,
-        logit_scale: float | tuple[float | None, float | None] | None = None,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "skew": skew,
-            "alpha": alpha,
-            "temperature": temperature,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-            "soft_weight": soft_weight,
-            "hard_weight": hard_weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "valid_vocab": valid_vocab,
-            "logit_softcap": logit_softcap,
-            "logit_scale": logit_scale,
-            "inplace_backward": inplace_backward,
-        }
-        checks.check_options(**self.options)
+    @takes(DistillationOptions)
+    def __init__(self, **options: Unpack[DistillationOptions]) -> None:
+        """Fix the options.
+
+        Args:
+            **options: The keywords of `kldiv_ext.options.DistillationOptions`.
+        """
+        super().__init__(DistillationOptions, options)
 
     def forward(
         self,
@@ -85,16 +65,9 @@ class DistillationLoss(nn.Module):
             student_logits, teacher_logits, labels, mask=mask, weight=weight, num_items=num_items, **self.options
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(_Loss):
     r"""`kldiv_ext.linear_distillation_loss` with its options fixed.
-
-    Args:
-        options: the keyword arguments of `kldiv_ext.linear_distillation_loss` that are not tensors: ``max_workspace``,
-            ``chunk_size``, and those of `DistillationLoss` but for ``inplace_backward``.
 
     Equivalent to::
 
@@ -104,44 +77,14 @@ class LinearDistillationLoss(nn.Module):
                                            num_items=num_items, **options)
     """
 
-    def __init__(
-        self,
-        *,
-        max_workspace: int | None = None,
-        chunk_size: int | None = None,
-        divergence: str = "forward_kl",
-        beta: float = 0.5,
-        skew: float = 0.1,
-        alpha: float = 0.5,
-        temperature: float = 1.0,
-        scale_by_temperature_squared: bool = False,
-        soft_weight: float = 1.0,
-        hard_weight: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        valid_vocab: int | None = None,
-        logit_softcap: float | tuple[float | None, float | None] | None = None,
-        logit_scale: float | tuple[float | None, float | None] | None = None,
-    ) -> None:
-        super().__init__()
-        options: dict[str, Any] = {
-            "divergence": divergence,
-            "beta": beta,
-            "skew": skew,
-            "alpha": alpha,
-            "temperature": temperature,
-            "scale_by_temperature_squared": scale_by_temperature_squared,
-            "soft_weight": soft_weight,
-            "hard_weight": hard_weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "valid_vocab": valid_vocab,
-            "logit_softcap": logit_softcap,
-            "logit_scale": logit_scale,
-        }
-        checks.check_options(**options)
-        checks.check_workspace(max_workspace, chunk_size)
-        self.options = {"max_workspace": max_workspace, "chunk_size": chunk_size, **options}
+    @takes(LinearDistillationOptions)
+    def __init__(self, **options: Unpack[LinearDistillationOptions]) -> None:
+        """Fix the options.
+
+        Args:
+            **options: The keywords of `kldiv_ext.options.LinearDistillationOptions`.
+        """
+        super().__init__(LinearDistillationOptions, options)
 
     def forward(
         self,
@@ -172,6 +115,3 @@ class LinearDistillationLoss(nn.Module):
             num_items=num_items,
             **self.options,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,7 +1,7 @@
-"""Slow, obvious definitions in plain PyTorch and float64: the documentation of every loss, and its test oracle.
+"""Slow, obvious definitions in plain PyTorch and float64: the documentation of every loss, and the tests' oracle.
 
-Written from the formulas, without a line in common with the kernels. Differentiable any number of times and in
-every mode that PyTorch has, so it also serves where a kernel cannot (forward-mode AD, `torch.func`).
+Written from the formulas; the kernels share none of this code. Differentiable any number of times and in every mode of
+PyTorch, so the library also uses it where a kernel cannot serve (forward-mode AD, `torch.func`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
+
+from .options import DistillationOptions, LogitsOptions, completed, denominator, per_side, takes
 
 
 def _plogr(p: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
@@ -20,17 +23,17 @@ def _plogr(p: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
 
 
 def forward_kl(lp: Tensor, lq: Tensor) -> Tensor:
-    """Σ p (log p - log q), Kullback and Leibler (1951)."""
+    """KL(p‖q) = Σ p (log p - log q), as in `F.kl_div`. Kullback and Leibler (1951)."""
     return _plogr(lp.exp(), lp, lq).sum(-1)
 
 
 def reverse_kl(lp: Tensor, lq: Tensor) -> Tensor:
-    """Σ q (log q - log p)."""
+    """KL(q‖p) = Σ q (log q - log p). Gu et al. (2024), MiniLLM."""
     return forward_kl(lq, lp)
 
 
 def jeffreys(lp: Tensor, lq: Tensor) -> Tensor:
-    """Σ (p - q)(log p - log q), Jeffreys (1946)."""
+    """KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q). Jeffreys (1946)."""
     return forward_kl(lp, lq) + reverse_kl(lp, lq)
 
 
@@ -43,7 +46,7 @@ def _log_mixture(lp: Tensor, lq: Tensor, share: float) -> Tensor:
 
 
 def jsd(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
-    """β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q; forward KL at β = 0, reverse at 1. Agarwal et al. (2024), GKD."""
+    """β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q, β = ``beta``. Agarwal et al. (2024), GKD."""
     if beta == 0:
         return forward_kl(lp, lq)
     if beta == 1:
@@ -53,28 +56,28 @@ def jsd(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
 
 
 def skew_forward_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
-    """KL(p ‖ κp + (1-κ)q), κ = skew. Ko et al. (2024), DistiLLM."""
+    """KL(p ‖ κp + (1-κ)q), κ = ``skew``. Ko et al. (2024), DistiLLM."""
     if skew == 0:
         return forward_kl(lp, lq)
-    if skew == 1:  # the mixture is p itself; of both only a NaN is left
+    if skew == 1:  # the mixture is p itself: 0, or NaN where the row is NaN
         return 0 * (lp.exp() * lq.exp()).sum(-1)
     return _plogr(lp.exp(), lp, _log_mixture(lp, lq, skew)).sum(-1)
 
 
 def skew_reverse_kl(lp: Tensor, lq: Tensor, skew: float) -> Tensor:
-    """KL(q ‖ κq + (1-κ)p), κ = skew."""
+    """KL(q ‖ κq + (1-κ)p), κ = ``skew``. Ko et al. (2024), DistiLLM."""
     return skew_forward_kl(lq, lp, skew)
 
 
 def total_variation(lp: Tensor, lq: Tensor) -> Tensor:
-    """½ Σ |p - q|; its gradient at p = q is 0."""
+    """½ Σ |p - q|, with gradient 0 at p = q. Wen et al. (2023)."""
     difference = lp.exp() - lq.exp()
     sign = difference.sign().masked_fill(difference.isnan(), torch.nan).detach()  # the derivative of abs at NaN is 0
     return (difference * sign).sum(-1) / 2
 
 
 def alpha(lp: Tensor, lq: Tensor, alpha: float) -> Tensor:
-    """Σ (p^α q^(1-α) - αp - (1-α)q) / (α(α-1)); forward KL at α = 1, reverse at 0. Amari (1985)."""
+    """Σ (p^α q^(1-α) - αp - (1-α)q) / (α(α-1)), α = ``alpha``. Amari (1985)."""
     if alpha == 0:
         return reverse_kl(lp, lq)
     if alpha == 1:
@@ -104,7 +107,7 @@ def row_losses(student: Tensor, teacher: Tensor, divergence: str, parameter: flo
 
 
 def cross_entropies(student: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(student) at every position's label, [...] float64; NaN for a label that is no column."""
+    """-log softmax(student) at every position's label, [...] float64; NaN for a label outside [0, V)."""
     wrong = (labels < 0) | (labels >= student.shape[-1])
     lq = torch.log_softmax(student.double(), -1)
     picked = lq.gather(-1, labels.masked_fill(wrong, 0)[..., None])[..., 0]
@@ -114,7 +117,7 @@ def cross_entropies(student: Tensor, labels: Tensor) -> Tensor:
 def effective_logits(
     logits: Tensor, scale: float | None, softcap: float | None, valid_vocab: int | None = None
 ) -> Tensor:
-    """What of a model's logits is compared, float64: without padding columns, scaled, then softcap·tanh(z/softcap)."""
+    """softcap·tanh(scale·z / softcap) of the first valid_vocab columns, float64."""
     logits = logits[..., :valid_vocab].double()
     if scale is not None:
         logits = logits * scale
@@ -131,9 +134,9 @@ def weighted_losses(
     parameter: float,
     temperature: float,
 ) -> Tensor:
-    """soft_weight · divergence + hard_weight · cross entropy, [...]; a part without weight is 0 even where infinite."""
+    """soft_weight · divergence + hard_weight · cross entropy, [...]; a part of weight 0 is 0 even where infinite."""
     if soft_weight == 0:
-        divergence, parameter = "skew_forward_kl", 1.0  # 0, and NaN where a row is broken
+        divergence, parameter = "skew_forward_kl", 1.0  # 0, or NaN where the row is NaN
     losses = (soft_weight or 1.0) * row_losses(student, teacher, divergence, parameter, temperature)
     if hard_weight != 0:
         assert labels is not None
@@ -141,60 +144,69 @@ def weighted_losses(
     return losses
 
 
+def reduced(losses: Tensor, divisor: Any) -> Tensor:
+    """Their sum / divisor, or the losses themselves where the divisor is None."""
+    return losses if divisor is None else losses.sum() / divisor
+
+
+def _counting(logits: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Which positions mask and labels let count, [...] bool."""
+    counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if mask is not None:
+        counts = counts & mask
+    return counts if labels is None else counts & (labels != ignore_index)
+
+
+def _both_effective(
+    student_logits: Tensor, teacher_logits: Tensor, counts: Tensor, options: LogitsOptions
+) -> list[Tensor]:
+    """Both sides' effective logits; positions that do not count are replaced by 0, whatever they hold."""
+    return [
+        effective_logits(z.double().masked_fill(~counts[..., None], 0), scale, softcap, options["valid_vocab"])
+        for z, scale, softcap in zip(
+            (student_logits, teacher_logits),
+            per_side(options["logit_scale"], 1.0),
+            per_side(options["logit_softcap"], 0.0),
+            strict=True,
+        )
+    ]
+
+
+@takes(DistillationOptions)
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     num_items: int | Tensor | None = None,
-    valid_vocab: int | None = None,
-    logit_softcap: float | tuple[float | None, float | None] | None = None,
-    logit_scale: float | tuple[float | None, float | None] | None = None,
-    inplace_backward: bool = False,
+    **options: Unpack[DistillationOptions],
 ) -> Tensor:
-    """`kldiv_ext.distillation_loss` in float64, written out; the arguments are not checked, nothing is in place."""
-    parameter = {"jsd": beta, "alpha": alpha}.get(divergence, skew)
-    counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    if mask is not None:
-        counts = counts & mask
-    if labels is not None:
-        counts = counts & (labels != ignore_index)
+    """`kldiv_ext.distillation_loss` in float64, written out; tensors are not checked, nothing is computed in place."""
+    chosen: DistillationOptions = completed("distillation_loss", DistillationOptions, options)
+    temperature, divergence, reduction = chosen["temperature"], chosen["divergence"], chosen["reduction"]
+    soft_weight = chosen["soft_weight"] * (temperature**2 if chosen["scale_by_temperature_squared"] else 1)
+    hard_weight = chosen["hard_weight"]
+    counts = _counting(student_logits, labels, mask, chosen["ignore_index"])
     weights = counts.double() if weight is None else torch.where(counts, weight.double(), 0)
     counts = weights != 0
+    total = torch.as_tensor(weights.sum() if num_items is None else num_items, device=weights.device)
     if reduction == "mean":
-        denominator = torch.as_tensor(weights.sum() if num_items is None else num_items, device=weights.device)
-        counts = counts & (denominator != 0)
+        counts = counts & (total != 0)
     if soft_weight == 0 and hard_weight == 0:
         counts = torch.zeros_like(counts)
-    # A position that does not count is never read: whatever stands there, NaN too, is replaced.
-    student, teacher = (z.double().masked_fill(~counts[..., None], 0) for z in (student_logits, teacher_logits))
     labels = None if labels is None else labels.masked_fill(~counts, 0)
-    scales, softcaps = (x if isinstance(x, (tuple, list)) else (x, x) for x in (logit_scale, logit_softcap))
-    student = effective_logits(student, scales[0], softcaps[0], valid_vocab)
-    teacher = effective_logits(teacher, scales[1], softcaps[1], valid_vocab)
-    soft_scale = soft_weight * (temperature**2 if scale_by_temperature_squared else 1)
-    losses = weighted_losses(student, teacher, labels, soft_scale, hard_weight, divergence, parameter, temperature)
-    losses = torch.where(counts, losses * weights, 0)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "mean":
-        return total / denominator.masked_fill(denominator == 0, 1)
-    if reduction == "batchmean" and student_logits.dim() > 1:
-        return total / max(student_logits.shape[0], 1)
-    return total
+    student, teacher = _both_effective(student_logits, teacher_logits, counts, chosen)
+    code = DIVERGENCES[divergence].__code__
+    name = code.co_varnames[2] if code.co_argcount == 3 else ""
+    parameter = chosen[name] if name else 0.0  # type: ignore[literal-required]
+    losses = weighted_losses(student, teacher, labels, soft_weight, hard_weight, divergence, parameter, temperature)
+    divisor = denominator(reduction, student_logits.shape[:-1], lambda: total)
+    if divisor is not None:
+        divisor = torch.as_tensor(divisor, device=weights.device)
+        divisor = divisor.masked_fill(divisor == 0, 1)  # a loss over no positions is 0, not 0 / 0
+    return reduced(torch.where(counts, losses * weights, 0), divisor)
 
 
 def linear_distillation_loss(
@@ -209,7 +221,7 @@ def linear_distillation_loss(
     teacher_logits: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; the arguments are not checked."""
+    """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; tensors are not checked."""
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = hidden.double() @ weight.double().t()
@@ -222,38 +234,29 @@ def linear_distillation_loss(
     return distillation_loss(student_logits, teacher_logits, labels, **options)
 
 
+@takes(LogitsOptions)
 def token_stats(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
     mask: Tensor | None = None,
-    ignore_index: int = -100,
-    valid_vocab: int | None = None,
-    logit_softcap: float | tuple[float | None, float | None] | None = None,
-    logit_scale: float | tuple[float | None, float | None] | None = None,
+    **options: Unpack[LogitsOptions],
 ) -> tuple[Tensor | None, ...]:
-    """What `kldiv_ext.token_stats` returns, in float64, written out; the arguments are not checked."""
-    counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    if mask is not None:
-        counts = counts & mask
-    if labels is not None:
-        counts = counts & (labels != ignore_index)
-        labels = labels.masked_fill(~counts, 0)
-    scales, softcaps = (x if isinstance(x, (tuple, list)) else (x, x) for x in (logit_scale, logit_softcap))
-    z_student, z_teacher = (
-        effective_logits(z.double().masked_fill(~counts[..., None], 0), scale, softcap, valid_vocab) / temperature
-        for z, scale, softcap in zip((student_logits, teacher_logits), scales, softcaps, strict=True)
-    )
+    """What `kldiv_ext.token_stats` returns, in float64, written out; tensors are not checked."""
+    chosen: LogitsOptions = completed("token_stats", LogitsOptions, options)
+    counts = _counting(student_logits, labels, mask, chosen["ignore_index"])
+    labels = None if labels is None else labels.masked_fill(~counts, 0)
+    both = _both_effective(student_logits, teacher_logits, counts, chosen)
+    z_student, z_teacher = (z / chosen["temperature"] for z in both)
     lq, lp = torch.log_softmax(z_student, -1), torch.log_softmax(z_teacher, -1)
-    nothing = torch.zeros_like(lq)
+    zeros = torch.zeros_like(lq)
     broken = (lq + lp).isnan().any(-1)
     values = [
         forward_kl(lp, lq),
         reverse_kl(lp, lq),
-        -_plogr(lq.exp(), lq, nothing).sum(-1),
-        -_plogr(lp.exp(), lp, nothing).sum(-1),
+        -_plogr(lq.exp(), lq, zeros).sum(-1),
+        -_plogr(lp.exp(), lp, zeros).sum(-1),
         torch.logsumexp(z_student, -1),
         torch.logsumexp(z_teacher, -1),
         *((None, None) if labels is None else (-cross_entropies(z, labels) for z in (z_student, z_teacher))),
@@ -273,19 +276,13 @@ def kl_div(
     """`kldiv_ext.kl_div` in float64: Σ p (log p - input), with 0 wherever p is 0."""
     if size_average is not None or reduce is not None:
         reduction = "none" if reduce is False else ("sum" if size_average is False else "mean")
-    return plain_kl_div(input.double(), target.double(), reduction, log_target)
+    terms = kl_div_terms(input.double(), target.double(), log_target)
+    return reduced(terms, denominator(reduction, input.shape, terms.numel))
 
 
-def plain_kl_div(input: Tensor, target: Tensor, reduction: str, log_target: bool) -> Tensor:
-    """The same in the dtype of its arguments, for what the kernel does not take: broadcasting, AD modes."""
+def kl_div_terms(input: Tensor, target: Tensor, log_target: bool) -> Tensor:
+    """p (log p - input), and 0 wherever p is 0, in the dtype of the arguments, broadcast."""
     dead = target.exp() == 0 if log_target else target == 0
     log_p = target.masked_fill(dead, 0) if log_target else target.masked_fill(dead, 1).log()
     p = log_p.exp() if log_target else target
-    terms = torch.where(dead, 0, p * (log_p - torch.where(dead, 0, input)))
-    if reduction == "none":
-        return terms
-    if reduction == "mean":
-        return terms.mean()
-    if reduction == "batchmean" and input.dim() > 0:
-        return terms.sum() / input.shape[0]
-    return terms.sum()
+    return torch.where(dead, 0, p * (log_p - torch.where(dead, 0, input)))

@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 import kldiv_ext
 from kldiv_ext import DIVERGENCES, distillation_loss, kl_div, reference
 from kldiv_ext._library import accumulation_dtype
-from kldiv_ext.autograd import PLAIN, Options
+from kldiv_ext.autograd import COMPOSITES
+from kldiv_ext.options import OperatorOptions
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:reduction. 'mean' divides",
@@ -74,14 +75,14 @@ def is_floating(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
-def options(**changed: Any) -> Options:
-    defaults = Options(1.0, 0.0, "mean", "forward_kl", 0.0, 1.0, (1.0, 1.0), (0.0, 0.0), None)
+def options(**changed: Any) -> OperatorOptions:
+    defaults = OperatorOptions(1.0, 0.0, ROWS, "forward_kl", 0.0, 1.0, (1.0, 1.0), (0.0, 0.0), None)
     return defaults._replace(**changed)
 
 
 def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
     scales, labels = torch.tensor([0.5, 0.0, 1.0, 2.0], device=device), torch.tensor([0, 9, 3, 1], device=device)
-    jsd = options(soft_scale=4.0, reduction="none", divergence="jsd", parameter=0.3, temperature=2.0)
+    jsd = options(soft_scale=4.0, divisor=None, divergence="jsd", parameter=0.3, temperature=2.0)
     everything = jsd._replace(hard_scale=0.5, logit_scale=(0.5, 2.0), logit_softcap=(3.0, 0.0), valid_vocab=10)
     for dtype, teacher_dtype in ((torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float16)):
         student, teacher = logits(dtype=dtype, device=device), logits(dtype=teacher_dtype, device=device, seed=1)
@@ -95,14 +96,14 @@ def distillation_arguments(device: str) -> Iterator[tuple[Any, ...]]:
         logits(2, 3, 5, device=device, seed=1),
         None,
         None,
-        *options(reduction="batchmean", divergence="alpha", parameter=0.5),
+        *options(divisor=2, divergence="alpha", parameter=0.5),
         True,
         False,
         True,
     )
     row = logits(5, device=device), logits(5, device=device, seed=1)
-    yield *row, None, None, *options(reduction="sum", divergence="reverse_kl"), False, True, True
-    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, None, *options(reduction="sum"), True, True, True
+    yield *row, None, None, *options(divisor=1, divergence="reverse_kl"), False, True, True
+    yield student.new_empty(0, 5), teacher.new_empty(0, 5), None, None, *options(divisor=1), True, True, True
     yield logits(6, 4, device=device).t(), logits(4, 6, device=device), None, None, *options(), True, True, True
 
 
@@ -128,7 +129,7 @@ def distillation_out_arguments(device: str) -> Iterator[tuple[Any, ...]]:
             gradients = [
                 torch.zeros_like(x) if w else None for x, w in ((student, grad_student), (teacher, grad_teacher))
             ]
-            how = Options(*others)._replace(reduction="none")
+            how = OperatorOptions(*others)._replace(divisor=None)
             for grad_output in (None, losses.sum() + 0.5, losses + 0.5):
                 yield student, teacher, labels, row_scale, *how, grad_output, losses, *gradients
 
@@ -145,7 +146,7 @@ def linear_arguments(device: str) -> Iterator[tuple[Any, ...]]:
             logits(*shape, dtype=b.dtype, device=device, seed=3)
             for shape in ((*leading, 5), (b.shape[-1], 5), b.shape[-1:])
         )
-        how = Options(*others)
+        how = OperatorOptions(*others)
         of_student = student, student_weight
         wanted = [grad_student] * 3, [grad_teacher] * 3
         workspace = None, None, 10**6, 3
@@ -182,7 +183,7 @@ def new_output_arguments(device: str) -> Iterator[tuple[Any, ...]]:
 
 def token_stats_arguments(device: str) -> Iterator[tuple[Any, ...]]:
     for student, teacher, labels, row_scale, *others, _, _, _ in distillation_arguments(device):
-        yield student, teacher, labels, row_scale, *Options(*others)[5:]
+        yield student, teacher, labels, row_scale, *OperatorOptions(*others)[5:]
 
 
 def scale_arguments(device: str) -> Iterator[tuple[Any, ...]]:
@@ -191,22 +192,22 @@ def scale_arguments(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 def kl_div_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for shape, dtype, target_dtype, reduction, log_target in (
-        ((ROWS, COLUMNS), torch.float32, torch.float32, "none", True),
-        ((7,), torch.bfloat16, torch.bfloat16, "batchmean", False),
-        ((2, 3, 5), torch.float16, torch.float64, "mean", True),
-        ((2, 3, 5), torch.bfloat16, torch.float64, "none", False),
+    for shape, dtype, target_dtype, divisor, log_target in (
+        ((ROWS, COLUMNS), torch.float32, torch.float32, None, True),
+        ((7,), torch.bfloat16, torch.bfloat16, 7, False),
+        ((2, 3, 5), torch.float16, torch.float64, 30, True),
+        ((2, 3, 5), torch.bfloat16, torch.float64, None, False),
     ):
         target = logits(*shape, dtype=target_dtype, device=device, seed=1)
-        yield logits(*shape, dtype=dtype, device=device), target if log_target else target.exp(), reduction, log_target
-    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), "sum", True
+        yield logits(*shape, dtype=dtype, device=device), target if log_target else target.exp(), divisor, log_target
+    yield logits(6, 4, device=device).t(), logits(4, 6, device=device), 1, True
 
 
 def kl_div_backward_arguments(device: str) -> Iterator[tuple[Any, ...]]:
-    for input, target, reduction, log_target in kl_div_arguments(device):
-        terms = torch.ops.kldiv_ext.kl_div(input, target, reduction, log_target)
-        yield torch.ones_like(terms), input, target, reduction, log_target, True, True
-        yield torch.ones_like(terms), None, target, reduction, log_target, True, False
+    for input, target, divisor, log_target in kl_div_arguments(device):
+        terms = torch.ops.kldiv_ext.kl_div(input, target, divisor, log_target)
+        yield torch.ones_like(terms), input, target, divisor, log_target, True, True
+        yield torch.ones_like(terms), None, target, divisor, log_target, True, False
 
 
 OPERATORS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], int]] = {
@@ -228,7 +229,7 @@ DIFFERENTIABLE = [name for name, (_, outputs) in OPERATORS.items() if outputs]
 def test_every_operator_is_tested() -> None:
     """The table, the library's schemas and the autograd kernels name the same operators."""
     schemas = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kldiv_ext::")}
-    assert set(OPERATORS) == schemas == set(PLAIN)
+    assert set(OPERATORS) == schemas == set(COMPOSITES)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kldiv_ext import LinearDistillationLoss, distillation_loss, linear, linear_distillation_loss, reference
-from kldiv_ext.autograd import Options
 from kldiv_ext.linear import Need
+from kldiv_ext.options import OperatorOptions
 
 NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 HIDDEN, TEACHER_HIDDEN = 9, 6
@@ -574,7 +574,7 @@ def test_gradients_over_the_logits_and_in_another_dtype(
     softcap = options.get("logit_softcap", 0.0)
     parameter = divergence.parameter or 0.0
     hard = options.get("hard_weight", 0.0)
-    arguments = Options(1.0, hard, "none", divergence.name, parameter, 1.0, (1.0, 1.0), (softcap, softcap), None)
+    arguments = OperatorOptions(1.0, hard, None, divergence.name, parameter, 1.0, (1.0, 1.0), (softcap, softcap), None)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = student.clone()
         loss = torch.empty(5, device=device)

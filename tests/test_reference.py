@@ -42,7 +42,7 @@ def test_tables_agree() -> None:
         parameter = PARAMETER_NAMES[name]
         assert list(inspect.signature(formula).parameters)[2:] == ([parameter] if parameter else [])
         assert not parameter or parameter in options
-        assert f"    {name} " in kldiv_ext.distillation_loss.__doc__, "not in the docstring's table"
+        assert f"- ``{name}``: " in kldiv_ext.distillation_loss.__doc__, "not in the docstring's list"
 
 
 def test_signatures_agree() -> None:
