@@ -1,55 +1,96 @@
-# The commands of the project. `make demo` and `make test` set up all that they need in .venv.
+# The commands of the project; `make help` lists them. Each sets up what it needs in .venv and says what it is doing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch>=2.10
 FUZZ_SECONDS ?= 1200
+# CUDA kernels are built for these: by default for the GPUs in this machine, without one for none.
+CUDA_ARCHITECTURES ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
+ALL_ARCHITECTURES := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
+
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.built-for-cpu$(if $(CUDA_ARCHITECTURES),-and-$(subst ;,-,$(CUDA_ARCHITECTURES)))
+ifeq ($(CUDA_ARCHITECTURES),)
+BUILD := FORCE_CPU=1
+TARGETS := the CPU (no GPU in this machine; about 2 minutes on 2 cores)
+else
+BUILD := TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)'
+TARGETS := the CPU and CUDA $(CUDA_ARCHITECTURES) (about 2 minutes, and as much per CUDA architecture, on 2 cores)
+endif
+say = echo; echo "== $(1)"
 
-.PHONY: demo test fuzz lint benchmark gpu test-matrix sanitize clean
+.PHONY: help demo test check-all docs fuzz lint benchmark gpu test-matrix sanitize clean
 
-# Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext, from logits and from hidden states.
-demo: $(STAMP)
-	$(BIN)/python -m benchmarks.demo
+help:  ## list the commands
+	sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+demo: $(STAMP)  ## distil a student with F.kl_div and with kldiv_ext, side by side (about 3 minutes)
+	$(call say,Demo: distil a student on real text with F.kl_div; from logits; from hidden states)
+	$(BIN)/python -m examples.demo
 
-# The property tests with fresh seeds for FUZZ_SECONDS, 20 minutes; the record is tests/FUZZ.md.
-fuzz: $(STAMP)
+test: $(STAMP)  ## all tests, on every CPU core (about 10 minutes on 2 cores)
+	$(call say,Tests: about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check-all:  ## what CI checks, with CUDA kernels for all six architectures (about an hour on 2 cores)
+	$(call say,All checks in a fresh environment with CUDA $(ALL_ARCHITECTURES): about an hour on 2 cores)
+	CUDA_ARCHITECTURES='$(ALL_ARCHITECTURES)' .ci/run
+
+docs: $(STAMP)  ## build the documentation into build/site (seconds)
+	$(call say,Documentation)
+	$(BIN)/mkdocs build --strict
+
+fuzz: $(STAMP)  ## the property tests with fresh seeds, for FUZZ_SECONDS (20 minutes)
+	$(call say,Property tests with fresh seeds for $(FUZZ_SECONDS) seconds)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
-lint: $(STAMP)
+lint: $(STAMP)  ## style and types (seconds)
+	$(call say,Style and types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 	$(BIN)/mypy
 
-# CPU and, where there is one, GPU: results as JSON, then the README's tables and the plots from them.
-benchmark: $(STAMP)
-	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
-	$(BIN)/python -m benchmarks.linear --json benchmarks/results/linear-$(shell date +%F).json
-	$(BIN)/python -m benchmarks.accuracy --json benchmarks/results/accuracy-$(shell date +%F).json
+benchmark: $(STAMP)  ## measure on the CPU and on a GPU if there is one; write JSON, tables and plots (half an hour)
+	$(call say,Measurements into benchmarks/results: about half an hour)
+	$(BIN)/python -m benchmarks --json benchmarks/results/$$(date +%F).json
+	$(BIN)/python -m benchmarks.linear --json benchmarks/results/linear-$$(date +%F).json
+	$(BIN)/python -m benchmarks.accuracy --json benchmarks/results/accuracy-$$(date +%F).json
 	$(BIN)/python -m benchmarks.report
 
-# All that needs a GPU, in under ten minutes: tests, compute-sanitizer, measurements; then the tables and the plots.
-gpu: $(STAMP)
+gpu: $(STAMP)  ## everything that needs a GPU: tests, sanitizers, measurements, accuracy (10 minutes)
+	$(call say,Everything that needs a GPU into build/gpu: 10 minutes)
 	PYTHON=$(abspath $(BIN))/python benchmarks/gpu.sh build/gpu build tests sanitize benchmark accuracy report
 
-# One wheel, built once, tested under the oldest and the newest torch.
-test-matrix: $(STAMP)
+test-matrix: $(STAMP)  ## one wheel under the oldest and the newest torch (half an hour)
+	$(call say,One wheel under the oldest and the newest torch: about half an hour)
 	.ci/matrix $(BIN)/python
 
-# The CPU kernels under the address, undefined-behaviour and thread sanitizers of gcc.
-sanitize: $(STAMP)
+sanitize: $(STAMP)  ## the CPU kernels under gcc's address, undefined-behaviour and thread sanitizers (20 minutes)
+	$(call say,CPU kernels under sanitizers: about 20 minutes)
 	.ci/sanitize $(BIN)/python
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	$(call say,Installing PyTorch and the tools into $(VENV): several gigabytes the first time)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "torch>=2.10" "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(call say,Building kldiv_ext for $(TARGETS))
+	mkdir -p build
+	SECONDS=0
+	if ! $(BUILD) $(BIN)/pip install --verbose --no-build-isolation --editable ".[dev,demo,docs]" 2>&1 \
+	    | tee build/install.log | sed -unE 's#^ *(\[[0-9]+/[0-9]+\]).* -o [^ ]*/([^ ]+)\.o.*#  \1 \2#p'; then
+	  tail -n 60 build/install.log
+	  exit 1
+	fi
+	echo "built in $$SECONDS s"
 	$(BIN)/python -m kldiv_ext.info
+	rm -f $(VENV)/.built-for-*
 	touch $@
 
-clean:
+clean:  ## remove what was built, and .venv
 	rm -rf build dist *.egg-info kldiv_ext/*.so kldiv_ext/_build_info.py $(VENV)

@@ -546,12 +546,12 @@ EVERY_OPTION: dict[str, Any] = {
 
 OPERATOR_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "kl_div": (
-        lambda s, t: torch.ops.kldiv_ext.kl_div(s.log_softmax(-1), t.softmax(-1), "sum", False),
+        lambda s, t: torch.ops.kldiv_ext.kl_div(s.log_softmax(-1), t.softmax(-1), 1, False),
         lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="sum"),
     ),
     "distillation_loss": (
         lambda s, t: torch.ops.kldiv_ext.distillation_loss(
-            s, t, None, None, *options(reduction="sum", divergence="jsd", parameter=0.5), False, False, False
+            s, t, None, None, *options(divisor=1, divergence="jsd", parameter=0.5), False, False, False
         )[0],
         lambda s, t: reference.distillation_loss(s, t, divergence="jsd", reduction="sum"),
     ),

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kldiv_ext import LinearDistillationLoss, distillation_loss, linear, linear_distillation_loss, reference
-from kldiv_ext.linear import Need
+from kldiv_ext.linear import BytesPerPosition
 from kldiv_ext.options import OperatorOptions
 
 NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -486,9 +486,9 @@ def test_the_weights_gradient_is_added_up_in_float32(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "need", [Need(4, 4, 1), Need(2, 8, 4), Need(0, 8, 1), Need(1000, 4000, 4), Need(7, 3, 1)], ids=str
+    "need", [BytesPerPosition(4, 4, 1), BytesPerPosition(2, 8, 4), BytesPerPosition(0, 8, 1), BytesPerPosition(1000, 4000, 4), BytesPerPosition(7, 3, 1)], ids=str
 )
-def test_chunk_sizes(need: Need) -> None:
+def test_chunk_sizes(need: BytesPerPosition) -> None:
     """They hold all positions, never take more than there is, and use most of it."""
     for positions, workspace in itertools.product((1, 5, 127, 128, 129, 4096, 65537), (5000, 10**5, 10**7)):
         size, part = need.chunk(positions, workspace, None)
