@@ -5,7 +5,7 @@ FUZZ_SECONDS ?= 1200
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz lint benchmark gpu test-matrix sanitize clean
+.PHONY: demo test docs fuzz lint benchmark gpu test-matrix sanitize clean
 
 # Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext, from logits and from hidden states.
 demo: $(STAMP)
@@ -13,6 +13,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The documentation: build/site/index.html. Broken links, anchors and references fail.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The property tests with fresh seeds for FUZZ_SECONDS, 20 minutes; the record is tests/FUZZ.md.
 fuzz: $(STAMP)
@@ -47,7 +51,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch>=2.10" "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,demo,docs]"
 	$(BIN)/python -m kldiv_ext.info
 	touch $@
 
