@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def test_every_divergence_is_documented() -> None:
         text = read(page)
         missing = [name for name in kldiv_ext.DIVERGENCES if f"\n| `{name}`" not in text]
         assert not missing, page
+
+
+def test_every_option_is_documented() -> None:
+    text = read("docs/options.md")
+    for function in (kldiv_ext.distillation_loss, kldiv_ext.linear_distillation_loss, kldiv_ext.token_stats):
+        parameters = inspect.signature(function).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        options = [name for name in names if not name.startswith(("student_", "teacher_"))]
+        missing = [name for name in options if f"\n| `{name}` |" not in text]
+        assert len(options) >= 5
+        assert not missing, function.__name__
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
