@@ -5,7 +5,7 @@ from ._library import DIVERGENCES as _DIVERGENCES
 from .functional import TokenStats, distillation_loss, kl_div, linear_distillation_loss, token_stats
 from .modules import DistillationLoss, KLDivLoss, LinearDistillationLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DIVERGENCES: tuple[str, ...] = tuple(_DIVERGENCES)
 """The names that `distillation_loss` takes as `divergence`."""
