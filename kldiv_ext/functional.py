@@ -83,7 +83,7 @@ def kl_div(
     Raises:
         RuntimeError, TypeError, ValueError: what `torch.nn.functional.kl_div` raises.
 
-    Equivalent to::
+    Equivalent to:
 
         torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
     """
@@ -218,7 +218,7 @@ def distillation_loss(
     finite, such as forward KL's q - p, is returned. A row that holds NaN or +inf, or only -inf, is NaN; other rows are
     not affected. These rules apply after the softcap, which makes infinite logits finite.
 
-    Equivalent to (for ``forward_kl`` and ``mean``, where every position counts)::
+    Equivalent to (for ``forward_kl`` and ``mean``, where every position counts):
 
         student, teacher = (z[..., :valid_vocab].float() * logit_scale for z in (student_logits, teacher_logits))
         student, teacher = (logit_softcap * torch.tanh(z / logit_softcap) for z in (student, teacher))
@@ -338,7 +338,7 @@ def linear_distillation_loss(
     logits again. Second derivatives, forward-mode AD and `torch.func` use plain operators in float64 with all logits at
     once. Results are as deterministic as PyTorch's matrix products.
 
-    Equivalent to::
+    Equivalent to:
 
         student_logits = F.linear(student_hidden, student_weight, student_bias)
         teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
@@ -445,7 +445,7 @@ def token_stats(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `distillation_loss` with ``hard_weight`` does.
 
-    Equivalent to, for the first and the last::
+    Equivalent to, for the first and the last:
 
         log_q, log_p = (torch.log_softmax(z.float() / temperature, -1) for z in (student_logits, teacher_logits))
         forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -14,7 +14,7 @@ from .options import DistillationOptions, LinearDistillationOptions, completed, 
 class KLDivLoss(nn.KLDivLoss):
     r"""`torch.nn.KLDivLoss`, fused; see `kldiv_ext.kl_div`.
 
-    Equivalent to::
+    Equivalent to:
 
         torch.nn.KLDivLoss(size_average, reduce, reduction, log_target)
     """
@@ -37,7 +37,7 @@ class _Loss(nn.Module):
 class DistillationLoss(_Loss):
     r"""`kldiv_ext.distillation_loss` with its options fixed.
 
-    Equivalent to::
+    Equivalent to:
 
         kldiv_ext.distillation_loss(student_logits, teacher_logits, labels, mask=mask, weight=weight,
                                     num_items=num_items, **options)
@@ -69,7 +69,7 @@ class DistillationLoss(_Loss):
 class LinearDistillationLoss(_Loss):
     r"""`kldiv_ext.linear_distillation_loss` with its options fixed.
 
-    Equivalent to::
+    Equivalent to:
 
         kldiv_ext.linear_distillation_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
                                            student_bias=student_bias, teacher_bias=teacher_bias,

@@ -324,9 +324,10 @@ def with_entries(doc: str, kind: type) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(kind: type) -> str:
-    """The options of `kind` as a table for the documentation."""
+def markdown_table(kind: type, without: type | None = None) -> str:
+    """The options of `kind`, except those of `without`, as a table for the documentation."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for name, (_, option) in table(kind).items():
-        rows.append(f"| `{name}` | `{option.default!r}` | {option.doc.replace('``', '`')} |")
+        if without is None or name not in table(without):
+            rows.append(f"| `{name}` | `{option.default!r}` | {option.doc.replace('``', '`')} |")
     return "\n".join(rows)

@@ -240,7 +240,7 @@ def test_version() -> None:
 def test_docstrings(public: Any) -> None:
     """Each says what it is equivalent to, in code that is Python, and what its arguments are."""
     documented = inspect.getdoc(public) or ""
-    equivalent = re.search(r"^Equivalent to[^\n]*::\n\n((?:    .*\n?|\n)+)", documented, re.MULTILINE)
+    equivalent = re.search(r"^Equivalent to[^\n]*:\n\n((?:    .*\n?|\n)+)", documented, re.MULTILINE)
     assert equivalent, documented
     ast.parse(inspect.cleandoc(equivalent[1]))
 
