@@ -257,12 +257,9 @@ def distillation_loss(
     return loss.reshape(batch) if arguments.divisor is None else loss
 
 
-_LIST = "\n".join(
-    f"    - ``{name}``: {formula.__doc__.splitlines()[0]}"
-    for name, formula in reference.DIVERGENCES.items()
-    if formula.__doc__
-)
-distillation_loss.__doc__ = (distillation_loss.__doc__ or "").replace("    **divergences:", _LIST)
+# The definitions of the divergences are also their documentation.
+_DIVERGENCES = "\n".join(f"    - ``{name}``: {formula.__doc__}" for name, formula in reference.DIVERGENCES.items())
+distillation_loss.__doc__ = (distillation_loss.__doc__ or "").replace("    **divergences:", _DIVERGENCES)
 
 # ---------------------------------------------------------------- from hidden states
 
