@@ -12,16 +12,9 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import kldiv_ext
-from benchmarks.contenders import (
-    CONTENDERS,
-    FROM_LOGITS,
-    NO_TEACHER_GRADIENT,
-    TEMPERATURE,
-    make_inputs,
-    missing,
-    reference,
-)
+from benchmarks import contenders
 from benchmarks.measure import Step, copy_bandwidth, peak_extra_bytes, quantiles, time_steps, timer_name, verify
+from benchmarks.promises import missed
 from benchmarks.report import TABLES
 from benchmarks.results import Record, Report, dumps, failure, loads, make_parser, names_of, provenance, save
 from benchmarks.suites import DTYPES, MINIMUM_TRAFFIC, MODES, OPS, SUITES, Task, shapes, tasks
@@ -36,16 +29,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--shapes", type=shapes, help="ROWSxVOCAB,...")
     add("--dtype", type=names_of(tuple(DTYPES)), help="default: bfloat16,float32")
     add("--mode", type=names_of(MODES), help=f"of {','.join(MODES)}; default: the first two")
-    add("--contenders", type=names_of(FROM_LOGITS), help=f"of {','.join(FROM_LOGITS)}; kldiv_ext always runs")
+    add(
+        "--contenders",
+        type=names_of(contenders.FROM_LOGITS),
+        help=f"of {','.join(contenders.FROM_LOGITS)}; kldiv_ext always runs",
+    )
     add("--list", action="store_true", help="print what would be measured, and stop")
     add("--check", action="store_true", help="check against fp64, time nothing")
     add("--repeats", type=int, default=50, help="rounds per problem, at most (default %(default)s)")
     add("--seconds", type=float, default=10.0, help="time per problem and mode, for at least three rounds")
     add("--limit", type=float, default=math.inf, help="seconds in all; the results name what is left out")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.repeats = min(args.repeats, 3)
-    return args
+    return parser.parse_args(argv)
 
 
 def measure(task: Task, args: argparse.Namespace, bandwidth: float | None) -> Iterator[Record]:
@@ -53,10 +47,10 @@ def measure(task: Task, args: argparse.Namespace, bandwidth: float | None) -> It
     problem = task.problem
     if any(name.startswith("compile") for name in task.contenders):
         torch.compiler.reset()  # or later shapes reach the recompile limit and run eagerly
-    student, teacher = make_inputs(problem)
+    student, teacher = contenders.make_inputs(problem)
     teacher.requires_grad_("forward_backward_teacher" in task.modes)
-    expected = reference(problem, (student, teacher))
-    losses = {name: loss for name in task.contenders if (loss := CONTENDERS[name](problem))}
+    expected = contenders.reference(problem, (student, teacher))
+    losses = {name: loss for name in task.contenders if (loss := contenders.CONTENDERS[name](problem))}
     timer = timer_name(problem.device, problem.rows * problem.vocab)
     for mode in task.modes:
         backward, both = mode != "forward", mode == "forward_backward_teacher"
@@ -65,25 +59,15 @@ def measure(task: Task, args: argparse.Namespace, bandwidth: float | None) -> It
         rows: dict[str, Record] = {}
         steps: dict[str, Step] = {}
         for name, loss in losses.items():
-            if both and name in NO_TEACHER_GRADIENT:
+            if both and name in contenders.NO_TEACHER_GRADIENT:
                 continue
             step = Step(loss, student, teacher, backward=backward, factor=factor)
-            wanted = expected if both else expected._replace(gradients=expected.gradients[:1])
-            rows[name] = {
-                "op": problem.op,
-                "divergence": problem.divergence,
-                "contender": name,
-                "mode": mode,
-                "dtype": problem.dtype_name,
-                "rows": problem.rows,
-                "vocab": problem.vocab,
-                "gradient_bytes": student.nbytes * (backward + both),
-                **verify(step, wanted, ("grad_error", "teacher_grad_error"), promised=name == "kldiv_ext"),
-            }
+            found = verify(step, expected, ("grad_error", "teacher_grad_error"), promised=name == "kldiv_ext")
+            rows[name] = {"contender": name, "mode": mode, **problem.labels, **found}
             if rows[name]["status"] == "ok":
                 steps[name] = step
         if not args.check and "kldiv_ext" in steps:
-            times = time_steps(steps, timer, args.repeats, args.seconds)
+            times = time_steps(steps, timer, min(args.repeats, 3) if args.quick else args.repeats, args.seconds)
             traffic = MINIMUM_TRAFFIC[problem.op, mode] * student.nbytes
             for name, step in steps.items():
                 median = statistics.median(times[name])
@@ -138,24 +122,21 @@ def main(argv: list[str]) -> int:
     bandwidth = None if args.check else copy_bandwidth(args.device)
     report: Report = {
         **provenance(" ".join(["python -m benchmarks", *argv]), args.device, bandwidth),
-        "temperature": TEMPERATURE,
-        "left_out": missing(args.device),
+        "temperature": contenders.TEMPERATURE,
+        "left_out": contenders.missing(args.device),
         "failures": [],
         "results": [],
     }
     run(chosen, args, bandwidth, report)
     if report["results"]:
         print(TABLES["everything"].make(loads(dumps(report))))
-    if bandwidth:
-        print(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s")
+    print(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s" if bandwidth else "not timed")
     for what, reason in report["left_out"].items():
         print(f"left out: {what}: {reason}")
-    broken = [row for row in report["results"] if row["contender"] == "kldiv_ext" and row["status"] != "ok"]
-    for row in broken:
-        print(f"kldiv_ext does not keep its promises: {row}", file=sys.stderr)
-    for message in report["failures"]:
-        print(f"failed: {message}", file=sys.stderr)
-    return 1 if broken or report["failures"] else 0
+    broken = [f"kldiv_ext does not keep its promises: {record}" for record in missed(report["results"])]
+    for message in broken + report["failures"]:
+        print(message, file=sys.stderr)
+    return int(bool(broken + report["failures"]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ DTYPES = {
     "float64": torch.float64,  # kldiv_ext alone: the reference is no more exact
 }
 LEVELS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # forward KL of the pairs
-QUICK_LEVELS, QUICK_VOCABULARIES = (1.0, 1e-3, 1e-6), (1000,)
 VOCABULARIES = (32000, 151936)  # Llama 2, Qwen 2.5
 ROWS = 4
 SPREAD = 4.0  # standard deviation of the teacher's logits, as in make_inputs
@@ -33,11 +32,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def make_pair(level: float, vocab: int, dtype: torch.dtype, device: str) -> Pair:
-    """(student, teacher): the teacher's logits plus noise of the size that makes the forward KL equal the level.
-
-    The KL is that of the rounded logits. In 16-bit formats most logits of a close pair are equal, the others make the
-    KL.
-    """
+    """(student, teacher): the teacher's logits plus the noise that makes the rounded logits' forward KL the level."""
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same pairs on every device
     shape = (ROWS, vocab)
     teacher = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(SPREAD).to(device, dtype)
@@ -57,10 +52,9 @@ def make_pair(level: float, vocab: int, dtype: torch.dtype, device: str) -> Pair
 
 
 def run(step: Step, largest: float) -> tuple[Tensor, Tensor]:
-    """Loss and gradient.
+    """Loss and gradient; fp16 losses are scaled as by a GradScaler, which doubles its factor until something overflows.
 
-    fp16 losses are scaled as a GradScaler would, which doubles the factor until something overflows. The search starts
-    where the largest entry of the gradient is below 2^15.
+    The search starts where the largest entry of the gradient is below 2^15.
     """
     fp16 = step.inputs[0].dtype == torch.float16
     step.scale = 2.0 ** (15 - math.frexp(largest)[1]) if fp16 else 1.0
@@ -75,12 +69,6 @@ def run(step: Step, largest: float) -> tuple[Tensor, Tensor]:
         step.scale = min(step.scale, 2 * FIRST_SCALE) / 2
 
 
-def row_errors(gradient: Tensor, exact: Tensor) -> Tensor:
-    """Relative L2 error of every row; where the exact row is 0 the error is 0 or infinite."""
-    error = torch.linalg.vector_norm(gradient - exact, dim=-1)
-    return torch.where(error == 0, 0, error / torch.linalg.vector_norm(exact, dim=-1))
-
-
 def compare(name: str, step: Step, expected: Expected, problem: Problem) -> Record:
     """Errors and a status: ok, missed (a promise of kldiv_ext), not finite, or why the contender failed."""
     exact, gradients = expected.loss, expected.gradients
@@ -90,12 +78,14 @@ def compare(name: str, step: Step, expected: Expected, problem: Problem) -> Reco
         step.reset()
         return {"loss": exact, "status": failure(error)}
     loss_error = abs(loss.item() - exact)
-    gradient_error = row_errors(gradient, gradients[0].double()).max().item()
+    row_errors = torch.linalg.vector_norm(gradient - gradients[0].double(), dim=-1)
+    relative = row_errors / torch.linalg.vector_norm(gradients[0].double(), dim=-1)
+    gradient_error = torch.where(row_errors == 0, 0, relative).max().item()
     status = "ok" if math.isfinite(loss_error) and math.isfinite(gradient_error) else "not finite"
     if name == "kldiv_ext":
         kept = {
             "loss": loss.item() >= 0 and loss_error <= loss_promise(problem.divergence, exact),
-            "gradient": gradient_error <= gradient_promise(problem.divergence, problem.dtype_name),
+            "gradient": gradient_error <= gradient_promise(problem.divergence, problem.labels["dtype"]),
         }
         status = "ok" if all(kept.values()) else f"missed: {', '.join(k for k, v in kept.items() if not v)}"
     return {"loss": exact, "loss_error": loss_error / exact, "gradient_error": gradient_error, "status": status}
@@ -117,10 +107,8 @@ def measure(problem: Problem, pairs: dict[float, Pair], names: list[str]) -> Ite
             for pair, exact in zip(pairs.values(), expected, strict=True)
         ]
         yield {
-            "divergence": problem.divergence,
-            "dtype": problem.dtype_name,
-            "vocab": problem.vocab,
             "contender": name,
+            **problem.labels,
             "level": list(pairs),
             **{key: [x.get(key) for x in found] for key in ("loss", "loss_error", "gradient_error")},
             "status": found[0]["status"] if len({x["status"] for x in found}) == 1 else [x["status"] for x in found],
@@ -133,7 +121,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     chosen = args.contenders or [name for name in FROM_LOGITS if not args.quick or name not in SLOW_TO_BUILD]
     names = list(dict.fromkeys(["kldiv_ext", *chosen]))
-    vocabularies, levels = (QUICK_VOCABULARIES, QUICK_LEVELS) if args.quick else (VOCABULARIES, LEVELS)
+    vocabularies, levels = ((1000,), (1.0, 1e-3, 1e-6)) if args.quick else (VOCABULARIES, LEVELS)
     result: Report = {
         **provenance(" ".join(["python -m benchmarks.accuracy", *argv]), args.device),
         "temperature": TEMPERATURE,
@@ -141,17 +129,16 @@ def main(argv: list[str]) -> int:
         "left_out": {name: "not asked for" for name in FROM_LOGITS if name not in names} | missing(args.device),
         "accuracy": [],
     }
-    total = len(DTYPES) * len(vocabularies) * len(kldiv_ext.DIVERGENCES)
-    with tqdm(total=total, unit="problem", disable=None) as progress:
-        for dtype in DTYPES.values():
-            for vocab in vocabularies:
-                pairs = {level: make_pair(level, vocab, dtype, args.device) for level in levels}
-                for divergence in kldiv_ext.DIVERGENCES:
-                    problem = Problem("distillation_loss", divergence, ROWS, vocab, dtype, args.device)
-                    progress.set_description(str(problem))
-                    result["accuracy"] += measure(problem, pairs, names)
-                    progress.update()
-                    save(result, args.json)  # a run that is cut short keeps its results
+    settings = [(dtype, vocab) for dtype in DTYPES.values() for vocab in vocabularies]
+    with tqdm(total=len(settings) * len(kldiv_ext.DIVERGENCES), unit="problem", disable=None) as progress:
+        for dtype, vocab in settings:
+            pairs = {level: make_pair(level, vocab, dtype, args.device) for level in levels}
+            for divergence in kldiv_ext.DIVERGENCES:
+                problem = Problem("distillation_loss", divergence, ROWS, vocab, dtype, args.device)
+                progress.set_description(str(problem))
+                result["accuracy"] += measure(problem, pairs, names)
+                progress.update()
+                save(result, args.json)  # a run that is cut short keeps its results
     finished = loads(dumps(result))
     for name in ("gradient", "loss", "total_variation", "promises"):
         print(TABLES[f"accuracy-{name}"].make(finished), end="\n\n")

@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +14,7 @@ from torch import Tensor
 import kldiv_ext
 import kldiv_ext.reference
 from benchmarks.measure import Expected, Loss
-from benchmarks.results import failure
+from benchmarks.results import Record, failure
 
 TEMPERATURE = 2.0
 BETA, SKEW, ALPHA = 0.5, 0.1, 0.5
@@ -39,12 +37,14 @@ class Problem:
     distance: float = 1.0  # of the student's hidden states and head from the teacher's
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def labels(self) -> Record:
+        """What a result says of its problem."""
+        hidden = {"hidden": self.hidden} if self.hidden else {}
+        names = {"op": self.op, "divergence": self.divergence, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**names, "rows": self.rows, **hidden, "vocab": self.vocab}
 
     def __str__(self) -> str:
-        size = f"{self.rows}x{self.hidden}x{self.vocab}" if self.hidden else f"{self.rows}x{self.vocab}"
-        return f"{self.op} {self.divergence} {size} {self.dtype_name}"
+        return "{op} {divergence} {rows}x{vocab} {dtype}".format_map(self.labels)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,33 +78,31 @@ def make_inputs(problem: Problem) -> tuple[Tensor, ...]:
     return tuple(x.to(problem.dtype).requires_grad_(i < trained) for i, x in enumerate(inputs))
 
 
+def _leaf(x: Tensor, rows: slice = slice(None)) -> Tensor:
+    return x[rows].detach().double().requires_grad_(x.requires_grad)
+
+
 def reference(problem: Problem, inputs: tuple[Tensor, ...]) -> Expected:
     """fp64 loss and gradients, computed from chunks of rows."""
-    is_head = [problem.op == "linear" and i % 2 == 1 for i in range(len(inputs))]
-    gradients = [
-        torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float64 if head else torch.float32))
-        for x, head in zip(inputs, is_head, strict=True)
-        if x.requires_grad
-    ]
+    function = kldiv_ext.reference.kl_div if problem.op == "kl_div" else kldiv_ext.reference.distillation_loss
+    sides, heads = (inputs[::2], [_leaf(x) for x in inputs[1::2]]) if problem.op == "linear" else (inputs, [])
+    storage = torch.promote_types(problem.dtype, torch.float32)
+    gradients: list[list[Tensor]] = [[], []]
     loss = entropy = 0.0
     step = max(1, REFERENCE_CHUNK[problem.device] // problem.vocab)
-    function = kldiv_ext.reference.kl_div if problem.op == "kl_div" else kldiv_ext.reference.distillation_loss
     for start in range(0, problem.rows, step):
-        chunks = [slice(None) if head else slice(start, start + step) for head in is_head]
-        leaves = [
-            x[chunk].detach().double().requires_grad_(x.requires_grad) for x, chunk in zip(inputs, chunks, strict=True)
-        ]
-        student, teacher = leaves if len(leaves) == 2 else (leaves[0] @ leaves[1].t(), leaves[2] @ leaves[3].t())
+        leaves = [_leaf(x, slice(start, start + step)) for x in sides]
+        student, teacher = (x @ head.t() for x, head in zip(leaves, heads, strict=True)) if heads else leaves
         part = function(student, teacher, reduction="sum", **problem.options) / problem.rows
-        wanted = [(leaf, chunk) for leaf, chunk in zip(leaves, chunks, strict=True) if leaf.requires_grad]
-        found = torch.autograd.grad(part, [leaf for leaf, _ in wanted])
-        for gradient, (_, chunk), add in zip(gradients, wanted, found, strict=True):
-            gradient[chunk] += add
+        part.backward()
+        for parts, x in zip(gradients, leaves, strict=True):
+            parts += [] if x.grad is None else [x.grad.to(storage)]
         loss += part.item()
         if problem.op == "linear":
             log_p = log_softmax(teacher)
             entropy -= (log_p.exp() * log_p).sum().item() / problem.rows
-    return Expected(loss, tuple(gradients), entropy)
+    found = [torch.cat(parts) for parts in gradients if parts] + [x.grad for x in heads if x.grad is not None]
+    return Expected(loss, tuple(found), entropy)
 
 
 batchmean = functools.partial(F.kl_div, reduction="batchmean")
@@ -179,12 +177,8 @@ def _eager_float(problem: Problem) -> Loss | None:
     return None if problem.op == "kl_div" or problem.dtype == torch.float32 else _eager(problem, Tensor.float)
 
 
-def _compiled(build: Callable[[Problem], Loss | None]) -> Callable[[Problem], Loss | None]:
-    def build_compiled(problem: Problem) -> Loss | None:
-        loss = build(problem)
-        return loss and torch.compile(loss, dynamic=False)
-
-    return build_compiled
+def _compiled(loss: Loss | None) -> Loss | None:
+    return loss and torch.compile(loss, dynamic=False)
 
 
 def _linear_cross_entropy(problem: Problem) -> Loss | None:
@@ -205,36 +199,15 @@ def _load_liger() -> ModuleType:
     return importlib.import_module("liger_kernel.transformers")
 
 
-@functools.cache
-def _load_speculators() -> ModuleType:
-    """Its module of fused losses, without importing the packages around it, which require a whole trainer."""
-    spec = importlib.util.find_spec("speculators")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("speculators is not installed")
-    folder = next(iter(spec.submodule_search_locations))
-    for name in ("speculators", "speculators.utils"):
-        empty = ModuleType(name)
-        empty.__path__ = [folder + name.removeprefix("speculators").replace(".", "/")]
-        sys.modules.setdefault(name, empty)
-    return importlib.import_module("speculators.losses.fused")
-
-
 def missing(device: str) -> dict[str, str]:
-    """The contenders that cannot run on the device, with the reason.
-
-    QuACK is left out everywhere: it has a cross entropy but no divergence, and its compiler (nvidia-cutlass-dsl) is too
-    large to bring along.
-    """
-    loaders: dict[str, Callable[[], ModuleType]] = {"liger": _load_liger, "speculators": _load_speculators}
+    """The contenders that cannot run on the device, with the reason."""
     if device != "cuda":
-        return dict.fromkeys(loaders, "its Triton kernels run only on a GPU")
-    reasons = {}
-    for name, load in loaders.items():
-        try:
-            load()
-        except Exception as error:  # imports of broken installations raise anything
-            reasons[name] = f"its import {failure(error)}"
-    return reasons
+        return {"liger": "its Triton kernels run only on a GPU"}
+    try:
+        _load_liger()
+    except Exception as error:  # imports of broken installations raise anything
+        return {"liger": f"its import {failure(error)}"}
+    return {}
 
 
 def _liger(problem: Problem) -> Loss | None:
@@ -243,8 +216,8 @@ def _liger(problem: Problem) -> Loss | None:
         return None
     liger = _load_liger()
     if problem.op == "linear":
-        linear = liger.LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
-        return lambda *models: linear(*models)
+        fused: Loss = liger.LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
+        return fused
     kl: Loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=problem.divergence == "log_target=True")
     if problem.op == "kl_div":
         return kl
@@ -258,31 +231,16 @@ def _liger(problem: Problem) -> Loss | None:
     return losses.get(problem.divergence)
 
 
-# The jsd is of equal halves, like BETA.
-SPECULATORS = {"forward_kl": "kl_div", "reverse_kl": "reverse_kl_div", "jsd": "js_div", "total_variation": "tv"}
-
-
-def _speculators(problem: Problem) -> Loss | None:
-    """The fused losses of vLLM's speculators: per row of [1, rows, V] logits at temperature 1."""
-    known = problem.op == "distillation_loss" and problem.divergence in SPECULATORS
-    if not known or "speculators" in missing(problem.device):
-        return None
-    loss: Loss = getattr(_load_speculators(), f"fused_{SPECULATORS[problem.divergence]}_loss")
-    return lambda s, t: loss((s / TEMPERATURE)[None], (t / TEMPERATURE)[None]).mean()
-
-
 # To add a contender, write a function from a problem to a loss, or to None where it has none, and name it here.
 CONTENDERS: dict[str, Callable[[Problem], Loss | None]] = {
     "kldiv_ext": _kldiv_ext,
     "eager": _eager,
     "eager_float": _eager_float,
-    "compile": _compiled(_eager),
-    "compile_float": _compiled(_eager_float),
+    "compile": lambda problem: _compiled(_eager(problem)),
+    "compile_float": lambda problem: _compiled(_eager_float(problem)),
     "linear_cross_entropy": _linear_cross_entropy,
     "liger": _liger,
-    "speculators": _speculators,
 }
 FROM_LOGITS = tuple(name for name in CONTENDERS if name != "linear_cross_entropy")
-FROM_HIDDEN_STATES = tuple(name for name in CONTENDERS if name != "speculators")
-SLOW_TO_BUILD = ("compile", "compile_float", "speculators")  # seconds per problem, to compile or to tune
-NO_TEACHER_GRADIENT = ("liger", "speculators")
+SLOW_TO_BUILD = ("compile", "compile_float")  # seconds per problem
+NO_TEACHER_GRADIENT = ("liger",)

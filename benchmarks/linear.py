@@ -2,15 +2,15 @@
 
 import statistics
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import kldiv_ext.linear
-from benchmarks.contenders import CONTENDERS, FROM_HIDDEN_STATES, TEMPERATURE, Problem, make_inputs, missing, reference
+from benchmarks.contenders import CONTENDERS, TEMPERATURE, Problem, make_inputs, missing, reference
 from benchmarks.measure import Step, keep_freed_memory, peak_extra_bytes, quantiles, time_steps, timer_name, verify
+from benchmarks.promises import missed
 from benchmarks.report import TABLES
 from benchmarks.results import Record, Report, dumps, failure, loads, make_parser, names_of, provenance, save
 from benchmarks.suites import DTYPES
@@ -24,27 +24,19 @@ CLOSE, CLOSE_POSITIONS = 0.01, 512  # distance and positions of a pair of close 
 SHARE_OF_MEMORY = 0.6  # a contender that is expected to need more is not run
 
 
-class Products(Step):
+def products(inputs: tuple[Tensor, ...]) -> Step:
     """The four matrix products over all positions at once, into existing memory: the limit of speed."""
+    student, weight, teacher, teacher_weight = inputs
+    logits = student.new_empty(student.shape[0], weight.shape[0])
+    hidden_gradient, weight_gradient = torch.empty_like(student), torch.empty_like(weight)
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
-        super().__init__(self.multiply, *inputs, backward=False)
-        student, weight, *_ = inputs
-        self.logits = student.new_empty(student.shape[0], weight.shape[0])
-        self.gradients = torch.empty_like(student), torch.empty_like(weight)
+    def multiply() -> Tensor:
+        torch.mm(teacher, teacher_weight.t(), out=logits)
+        torch.mm(student, weight.t(), out=logits)
+        torch.mm(logits, weight, out=hidden_gradient)
+        return torch.mm(logits.t(), student, out=weight_gradient)
 
-    def multiply(self, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        torch.mm(teacher, teacher_weight.t(), out=self.logits)
-        torch.mm(student, weight.t(), out=self.logits)
-        torch.mm(self.logits, weight, out=self.gradients[0])
-        return torch.mm(self.logits.t(), student, out=self.gradients[1])
-
-
-def record(problem: Problem, contender: str, **found: Any) -> Record:
-    """A result of the problem."""
-    gradient_bytes = (problem.rows + problem.vocab) * problem.hidden * problem.dtype.itemsize
-    shape = {"positions": problem.rows, "hidden": problem.hidden, "vocab": problem.vocab}
-    return {"contender": contender, "dtype": problem.dtype_name, **shape, "gradient_bytes": gradient_bytes, **found}
+    return Step(multiply, backward=False)
 
 
 class Stages:
@@ -69,13 +61,13 @@ class Stages:
             found = verify(step, expected, ("hidden_error", "weight_error"), offset=offset)
             if problem.distance == CLOSE:
                 found |= {"kl": expected.loss, "status": found["status"].replace("WRONG", "ok")}
-                self.report["close"].append(record(problem, name, **found))
+                self.report["close"].append({"contender": name, **problem.labels, **found})
                 continue
             if not found["status"].startswith("failed"):
                 found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
-            self.report["linear"].append(record(problem, name, **found))
+            self.report["linear"].append({"contender": name, **problem.labels, **found})
         if problem.distance != CLOSE:
-            self.report["linear"].append(record(problem, "products", status="ok"))
+            self.report["linear"].append({"contender": "products", **problem.labels, "status": "ok"})
 
     def memory_over_positions(self, problem: Problem) -> None:
         """Peak memory and the time of one run, without contenders that would need too much memory."""
@@ -84,32 +76,29 @@ class Stages:
         for name, step in self.steps(problem).items():
             if name.endswith("_float"):
                 continue
-            found: Record = {"status": "ok"}
+            found: Record = {"gradient_bytes": step.gradient_bytes, "status": "ok"}
             before = [r for r in self.report["positions"] if r["contender"] == name and r.get("peak_extra_bytes")]
-            if before and before[-1]["peak_extra_bytes"] * problem.rows / before[-1]["positions"] > limit:
+            if before and before[-1]["peak_extra_bytes"] * problem.rows / before[-1]["rows"] > limit:
                 found["status"] = "left out: more memory than there is"
             else:
                 try:
                     if name == "compile":
                         step()  # compiles
                     found["peak_extra_bytes"] = peak_extra_bytes(step, problem.device)
-                    times = time_steps(
-                        {name: step}, timer_name(problem.device, problem.rows * problem.vocab), repeats=1, seconds=0
-                    )
-                    found["ms"] = times[name][0]
+                    times = time_steps({name: step}, timer_name(problem.device, problem.rows * problem.vocab), 1, 0)
+                    found["ms_p50"] = times[name][0]
                 except Exception as error:  # a result, such as too little memory
                     found["status"] = failure(error)
                 step.reset()
-            self.report["positions"].append(record(problem, name, **found))
+            self.report["positions"].append({"contender": name, **problem.labels, **found})
 
     def times(self, problem: Problem) -> None:
         """In rounds, beside the products."""
         keep_freed_memory()
-        shape = record(problem, "")
-        records = [r for r in self.report["linear"] if all(r[k] == shape[k] for k in shape if k != "contender")]
+        records = [record for record in self.report["linear"] if problem.labels.items() <= record.items()]
         works = {r["contender"]: r for r in records if not r["status"].startswith("failed")}
         steps = {name: step for name, step in self.steps(problem).items() if name in works}
-        steps["products"] = Products(steps["kldiv_ext"].inputs)
+        steps["products"] = products(steps["kldiv_ext"].inputs)
         times = time_steps(steps, timer_name(problem.device, problem.rows * problem.vocab), self.repeats, self.seconds)
         limit = statistics.median(times["products"])
         for name, found in times.items():
@@ -120,16 +109,16 @@ def main(argv: list[str]) -> int:
     parser = make_parser("benchmarks.linear", __doc__, quick="tiny shapes, no torch.compile")
     add = parser.add_argument
     add("--dtype", type=names_of(tuple(DTYPES)), default=["bfloat16", "float32"], help="default: bfloat16,float32")
-    add("--contenders", type=names_of(FROM_HIDDEN_STATES), help=f"of {','.join(FROM_HIDDEN_STATES)}")
+    add("--contenders", type=names_of(tuple(CONTENDERS)), help=f"of {','.join(CONTENDERS)}")
     add("--repeats", type=int, default=15, help="rounds per problem, at most (default %(default)s)")
     add("--seconds", type=float, default=60.0, help="time per problem, for at least three rounds (default %(default)s)")
     args = parser.parse_args(argv)
-    names = ["kldiv_ext", *(name for name in args.contenders or FROM_HIDDEN_STATES if name != "kldiv_ext")]
+    names = list(dict.fromkeys(["kldiv_ext", *(args.contenders or CONTENDERS)]))
     shapes, counts = SHAPES[args.device], POSITIONS
     if args.quick:
         shapes, counts, args.repeats, args.seconds = (QUICK_SHAPE,), QUICK_POSITIONS, 3, 0
         names = [name for name in names if not name.startswith("compile")]
-    left_out = {name: reason for name, reason in missing(args.device).items() if name in FROM_HIDDEN_STATES}
+    left_out = missing(args.device)
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         left_out["linear_cross_entropy"] = f"torch {torch.__version__} has none"
     report: Report = {
@@ -160,10 +149,9 @@ def main(argv: list[str]) -> int:
         save(report, args.json)  # a run that is cut short keeps its results
     for name in ("linear", "linear-close", "linear-positions"):
         print(TABLES[name].make(loads(dumps(report))), end="\n\n")
-    results = report["linear"] + report["positions"]
-    broken = [r for r in results if r["contender"] == "kldiv_ext" and r["status"] != "ok"]
-    for result in broken:
-        print(f"kldiv_ext: {result}", file=sys.stderr)
+    broken = missed(report["linear"] + report["positions"])
+    for record in broken:
+        print(f"kldiv_ext: {record}", file=sys.stderr)
     return int(bool(broken))
 
 

@@ -5,17 +5,18 @@ import ctypes
 import gc
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.promises import GRADIENT_PROMISE, LOSS_PROMISE
-from benchmarks.results import failure
+from benchmarks.results import Record, failure
 
 Loss = Callable[..., Tensor]
 # fp16 gradients of a mean over rows underflow unscaled; a GradScaler scales them, too.
@@ -26,11 +27,8 @@ ABSURD_GRADIENT_ERROR = 0.5
 SMALL = 2**23
 SMALL_CALLS = 50
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}
-L2_FLUSH_BYTES = 2**28
-# Flushes before each timed call: they run longer than the launches of the call take, which hides the launches.
-L2_FLUSHES = 8
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
+# Before each timed call the L2 cache is overwritten so often that this takes longer than the launches of the call.
+L2_FLUSHES, L2_FLUSH_BYTES = 8, 2**28
 
 
 class Step:
@@ -39,6 +37,10 @@ class Step:
     def __init__(self, loss: Loss, *inputs: Tensor, backward: bool, factor: float = 1.0) -> None:
         self.loss, self.inputs, self.backward, self.factor = loss, inputs, backward, factor
         self.scale = GRAD_SCALE.get(inputs[0].dtype, 1.0) if inputs else 1.0
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(x.nbytes for x in self.inputs if x.requires_grad) if self.backward else 0
 
     def reset(self) -> None:
         """Free the gradients, so that every run allocates its own."""
@@ -65,11 +67,10 @@ class Expected(NamedTuple):
 
 def verify(
     step: Step, expected: Expected, names: tuple[str, ...], promised: bool = False, offset: float = 0.0
-) -> dict[str, Any]:
-    """The relative errors of the loss minus `offset` and of the gradients, and a status: ok, WRONG, or the failure.
+) -> Record:
+    """Relative errors, of the gradients under `names`, and a status: ok, WRONG, or the failure.
 
-    `names` are the keys of the gradients' errors. A promised step must be as accurate as kldiv_ext promises, others
-    must compute the same thing.
+    A promised step must be as accurate as kldiv_ext promises, others must compute the same, plus `offset` in the loss.
     """
     step.reset()
     try:
@@ -81,7 +82,7 @@ def verify(
     except Exception as error:  # a contender's failure is a result, not the end of the run
         if step.inputs[0].is_cuda:
             torch.cuda.synchronize()  # raises if the device is lost: nothing can be measured after that
-        return {"status": failure(error)}
+        return {"gradient_bytes": step.gradient_bytes, "status": failure(error)}
     finally:
         step.reset()
     scale = step.scale * step.factor
@@ -93,18 +94,12 @@ def verify(
     largest = max(LOSS_PROMISE, torch.finfo(loss.dtype).eps) if promised else math.inf
     limits = [largest, *[GRADIENT_PROMISE if promised else ABSURD_GRADIENT_ERROR] * len(found)]
     right = all(error <= limit and error < math.inf for error, limit in zip(errors.values(), limits, strict=True))
-    return {**errors, "status": "ok" if right else "WRONG"}
+    return {"gradient_bytes": step.gradient_bytes, **errors, "status": "ok" if right else "WRONG"}
 
 
 def timer_name(device: str, logits: int) -> str:
-    """How a problem with that number of logits is timed.
-
-    cpu: wall clock of single calls. calls: wall clock of SMALL_CALLS calls and one synchronization, over their number.
-    events: CUDA events around single calls, launched in advance, with a cold L2 cache.
-    """
-    if device == "cpu":
-        return "cpu"
-    return "calls" if logits < SMALL else "events"
+    """How that many logits are timed: by the wall clock of single calls (cpu) or of many (calls), or by CUDA events."""
+    return "cpu" if device == "cpu" else "calls" if logits < SMALL else "events"
 
 
 def time_steps(steps: dict[str, Step], how: str, repeats: int, seconds: float) -> dict[str, list[float]]:
@@ -196,7 +191,7 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        CLEAR_REFS.write_text("5")  # resets the peak to the resident memory
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory
     except OSError:
         return None
     before = _status_bytes("VmRSS")
@@ -217,7 +212,4 @@ def keep_freed_memory() -> None:
 
 
 def _status_bytes(key: str) -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"no {key} in {STATUS}")
+    return 1024 * int(re.findall(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])

@@ -33,7 +33,7 @@ def gradient_promise(divergence: str, dtype: str) -> float:
 
 
 def missed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The accuracy results of kldiv_ext that miss a promise."""
+    """The results of kldiv_ext that miss a promise."""
     return [record for record in records if record["contender"] == "kldiv_ext" and record["status"] != "ok"]
 
 

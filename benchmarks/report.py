@@ -1,7 +1,6 @@
 """The documents' tables and plots, made from the committed results."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import LOG_TARGETS
+from benchmarks.contenders import CONTENDERS, LOG_TARGETS
 from benchmarks.measure import SMALL
 from benchmarks.promises import BELOW, GRADIENT_PROMISE, describe, first_order, loss_promise, missed
 from benchmarks.results import Record, Report, loads
@@ -30,9 +29,9 @@ TITLES = {
     "compile_float": "`torch.compile`, `.float()`",
     "liger": "Liger-Kernel",
     "products": "matrix products alone",
-    "forward_backward_half": "forward + backward of half the loss",
-    "forward_backward_teacher": "forward + backward to both",
 }
+Cell = Callable[[list[Record]], str]
+Select = Callable[[list[Record]], list[Record]]
 
 
 def number(value: float) -> str:
@@ -50,39 +49,31 @@ def title(name: str) -> str:
     return TITLES.get(name, name)
 
 
-def milliseconds(value: float) -> str:
-    return f"{number(value)} ms" if value < 1e4 else f"{value / 1e3:.3g} s"
-
-
-def megabytes(value: float) -> str:
-    return f"{number(value / 1e6)} MB"
-
-
+PHASES = ("phase 1", "phase 2", "phase 3", "phase 2+3", "phase 1 alone")
 # The value under a record's key: the column that shows it, and its text there.
 TEXTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "contender": ("contender", title),
     "divergence": ("variant", "`{}`".format),
-    "mode": ("mode", lambda name: TITLES.get(name, name.replace("_", " + "))),
-    "ms_p50": ("time", milliseconds),
-    "ms": ("time", milliseconds),
+    "mode": ("mode", lambda name: name.replace("_", " + ")),
+    "ms_p50": ("time", lambda ms: f"{number(ms)} ms" if ms < 1e4 else f"{number(ms / 1e3)} s"),
     "share": ("share", "{:.0%}".format),
-    "peak_extra_bytes": ("memory", megabytes),
-    "gradient_bytes": ("gradients", megabytes),
+    "peak_extra_bytes": ("memory", lambda size: f"{number(size / 1e6)} MB"),
+    "gradient_bytes": ("gradients", lambda size: f"{number(size / 1e6)} MB"),
     "kl": ("forward KL", error),
     "level": ("forward KL", error),
     "loss_error": ("error of the loss", error),
     "hidden_error": ("of the hidden states' gradient", error),
     "weight_error": ("of the head's gradient", error),
-    **{f"phase {phase}": (f"phase {phase}", "{:.0f}".format) for phase in ("1 alone", "1", "2", "3", "2+3")},
+    **{phase: (phase, "{:.0f}".format) for phase in PHASES},
 }
-SIZES = {"rows": "rows", "positions": "positions", "hidden": "hidden size", "vocab": "vocabulary"}
+SIZES = {"rows": "rows", "hidden": "hidden size", "vocab": "vocabulary"}
 
 
 def readable(record: Record) -> dict[str, str]:
     """The texts of a record by column. Where a result has no time, its status stands there."""
-    status = "wrong" if record.get("status") == "WRONG" else record.get("status", "ok").split(":")[0]
     texts = {key: str(value) for key, value in record.items()}
-    texts |= {"time": status, "memory": status} if status != "ok" else {}
+    if record.get("status", "ok") != "ok":
+        texts["time"] = texts["memory"] = re.sub("failed: .*", "failed", record["status"].lower())
     texts |= {column: text(record[key]) for key, (column, text) in TEXTS.items() if key in record}
     if "ratio" in record and record["contender"] != "kldiv_ext":
         texts["time"] += f" ({record['ratio']:.0f}x)" if record["ratio"] >= 10 else f" ({record['ratio']:.2g}x)"
@@ -90,8 +81,8 @@ def readable(record: Record) -> dict[str, str]:
     return texts | {" × ".join(SIZES[key] for key in sizes): " × ".join(str(record[key]) for key in sizes)}
 
 
-def worst(measure: str) -> Callable[[list[Record]], str]:
-    """The largest error, bold if it misses a promise, and the number of divergences that have no error."""
+def worst(measure: str) -> Cell:
+    """The largest error, bold if it misses a promise, and in brackets how many divergences have none."""
 
     def cell(records: list[Record]) -> str:
         finite = [record[f"{measure}_error"] for record in records if f"{measure}_error" in record]
@@ -111,15 +102,16 @@ def promises(records: list[Record]) -> str:
     ours = [record for record in records if record["contender"] == "kldiv_ext"]
     broken = missed(ours)
     text = f"Of {len(ours)} results of kldiv_ext, {len(ours) - len(broken)} keep every promise."
-    near = [r for r in ours if not first_order(r["divergence"]) and r["loss"] < BELOW and "loss_error" in r]
+    near = [r["loss_error"] * r["loss"] for r in ours if r["loss"] < BELOW and "loss_error" in r]
     if near:
-        largest = error(max(record["loss_error"] * record["loss"] for record in near))
-        text += f" The largest absolute error of a loss below {error(BELOW)} is {largest}."
+        text += f" The largest absolute error of a loss below {error(BELOW)} is {error(max(near))}."
     return text + (" Missed:\n\n" + "\n".join(f"- {describe(record)}" for record in broken) if broken else "")
 
 
-TIMES = "Median time; in brackets, the multiple of kldiv_ext's."
-Select = Callable[[list[Record]], list[Record]]
+EXPLAINED = {
+    "time": "Time: median; in brackets, the multiple of kldiv_ext's.",
+    "memory": "Memory: peak beyond the inputs, gradients included.",
+}
 
 
 @dataclass(frozen=True)
@@ -132,8 +124,8 @@ class Table:
     select: Select
     labels: tuple[str, ...]
     column: str = "contender"
-    cell: tuple[str, ...] | Callable[[list[Record]], str] = ("time",)
-    caption: str = TIMES  # formatted with the report and the coverage of its records
+    cell: tuple[str, ...] | Cell = ("time",)
+    caption: str = ""  # formatted with the report and the coverage of its records
     source: str = "results"  # the list of records in a result file
 
     def make(self, report: Report) -> str:
@@ -150,8 +142,11 @@ class Table:
                 line.setdefault(texts[self.column], []).append(record)
         cells = [[*self.labels, *columns], ["---"] * (len(self.labels) + len(columns))]
         cells += [[*labels, *(self.text(line.get(c, [])) for c in columns)] for labels, line in lines.items()]
-        caption = self.caption.format_map({**report, "coverage": coverage(records)})
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{caption} {provenance(report)}"
+        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        told = {*self.labels, *(self.cell if self.column and isinstance(self.cell, tuple) else ())}
+        caption = [self.caption.format_map({**report, "coverage": coverage(records)})] if self.caption else []
+        caption += [explained for name, explained in EXPLAINED.items() if name in told]
+        return f"{text}\n\n{' '.join([*caption, provenance(report)])}"
 
     def text(self, records: list[Record]) -> str:
         if not records:
@@ -164,9 +159,8 @@ class Table:
 
 def coverage(records: list[Record]) -> str:
     """The number of divergences, and the contenders with fewer."""
-    names: dict[str, dict[str, None]] = {}
-    for record in records:
-        names.setdefault(title(record.get("contender", "")), {})[record.get("divergence", "")] = None
+    pairs = dict.fromkeys((title(record.get("contender", "")), record.get("divergence", "")) for record in records)
+    names = {name: [divergence for other, divergence in pairs if other == name] for name, _ in pairs}
     most = max(map(len, names.values()))
     fewer = [f"; {name}: {', '.join(those)}" for name, those in names.items() if len(those) < most]
     return f"the worst of {most} divergences and all vocabularies{''.join(fewer)}"
@@ -212,38 +206,32 @@ def points(records: list[Record], orders: tuple[bool, ...] = (False, True)) -> l
     return found
 
 
-def smooth(records: list[Record]) -> list[Record]:
-    return points(records, (False,))
+def accuracy(caption: str, cell: Cell, first_order: bool = False) -> Table:
+    """Errors by dtype, contender and forward KL."""
+    return Table(
+        lambda records: points(records, (first_order,)), ("dtype", "contender"), "forward KL", cell, caption, "accuracy"
+    )
 
 
 USUAL = {"mode": FEW_MODES, "dtype": ("bfloat16", "float32")}
 LARGE_FORWARD_KL = where(large=True, divergence=MAIN[:1], mode=("forward_backward",), dtype=USUAL["dtype"])
 SHAPE = ("rows × vocabulary", "dtype")
 VARIANT = ("variant", *SHAPE, "mode")
-PAIR = ("dtype", "contender")
+HIDDEN_SHAPE = ("rows × hidden size × vocabulary", "dtype")
 ERRORS = ("error of the loss", "of the hidden states' gradient", "of the head's gradient")
-ALL_ERRORS = ("loss_error", "grad_error", "teacher_grad_error")
+RESULT = ("contender", "time", "share", "memory", "gradients")
+FORWARD_KL = "Forward and backward of `forward_kl`."
 
 # To add a table, name it here and put its markers, such as `benchmark:cpu-NAME begin`, into a document.
 TABLES = {
-    "summary": Table(
-        LARGE_FORWARD_KL,
-        SHAPE,
-        cell=("time", "memory"),
-        caption=f"Forward and backward of `forward_kl`. {TIMES} Peak memory beyond the two inputs.",
-    ),
-    "shapes": Table(where(large=True, divergence=MAIN[:1], **USUAL), (*SHAPE, "mode")),
+    "summary": Table(LARGE_FORWARD_KL, SHAPE, cell=("time", "memory"), caption=FORWARD_KL),
+    "shapes": Table(where(large=True, divergence=MAIN[:1], **USUAL), (*SHAPE, "mode"), caption="`forward_kl`."),
     "divergences": Table(all_divergences, VARIANT),
     "kl_div": Table(where(large=True, op=("kl_div",), **USUAL), VARIANT),
     "small": Table(
         where(large=False, dtype=("float32",), mode=FEW_MODES, divergence=("forward_kl", *LOG_TARGETS)), VARIANT
     ),
-    "memory": Table(
-        LARGE_FORWARD_KL,
-        (*SHAPE, "gradients"),
-        cell=("memory",),
-        caption="Peak memory of forward and backward of `forward_kl` beyond the two inputs, the gradient included.",
-    ),
+    "memory": Table(LARGE_FORWARD_KL, (*SHAPE, "gradients"), cell=("memory",), caption=FORWARD_KL),
     "modes": Table(where(large=True, mode=MODES[1:], dtype=("bfloat16",), divergence=MAIN), VARIANT),
     "shares": Table(
         where(large=True, contender=("kldiv_ext",)),
@@ -255,12 +243,11 @@ TABLES = {
     ),
     "linear": Table(
         where(),
-        ("positions × hidden size × vocabulary", *PAIR, "time", "share", "memory", "gradients", *ERRORS),
+        (*HIDDEN_SHAPE, *RESULT, *ERRORS),
         column="",
-        caption="Forward and backward of `forward_kl` to the student's hidden states and head: median time, and the "
-        "speed as a share of that of the four matrix products alone, over all positions at once into existing memory. "
-        "While times are measured on a CPU, the process keeps freed memory. Memory is the peak beyond the inputs, the "
-        "gradients included. Errors are relative, against fp64 from the same hidden states and heads.",
+        caption=FORWARD_KL + " Share: of the speed of the four matrix products alone, over all rows at once into "
+        "existing memory. While times are measured on a CPU, the process keeps freed memory. Errors: relative, against "
+        "fp64 from the same hidden states and heads.",
         source="linear",
     ),
     "linear-close": Table(
@@ -272,66 +259,30 @@ TABLES = {
         source="close",
     ),
     "linear-positions": Table(
-        where(),
-        ("positions",),
-        cell=("memory", "time"),
-        caption="Peak memory beyond the inputs, the gradients included, and the time of one run. Left out: contenders "
-        "that would need more than 60 % of the machine's memory.",
-        source="positions",
+        where(), HIDDEN_SHAPE, cell=("memory", "time"), caption=FORWARD_KL + " One run each.", source="positions"
     ),
-    **{
-        f"accuracy-{measure}": Table(
-            smooth,
-            PAIR,
-            "forward KL",
-            worst(measure),
-            f"{what}, by forward KL: {{coverage}}; in brackets, divergences whose loss or gradient is not finite.",
-            "accuracy",
-        )
-        for measure, what in (
-            ("gradient", "Relative L2 error of the student's gradient, the worst of {rows} rows"),
-            ("loss", "Relative error of the loss, a mean over {rows} rows"),
-        )
-    },
-    "accuracy-total_variation": Table(
-        lambda records: points(records, (True,)),
-        PAIR,
-        "forward KL",
-        lambda records: f"{worst('gradient')(records)} / {worst('loss')(records)}",
+    "accuracy-gradient": accuracy(
+        "Relative L2 error of the student's gradient, the worst of {rows} rows, by forward KL; {coverage}.",
+        worst("gradient"),
+    ),
+    "accuracy-loss": accuracy(
+        "Relative error of the loss, a mean over {rows} rows, by forward KL; {coverage}.", worst("loss")
+    ),
+    "accuracy-total_variation": accuracy(
         "Relative errors of gradient / loss, by forward KL.",
-        "accuracy",
+        lambda records: f"{worst('gradient')(records)} / {worst('loss')(records)}",
+        first_order=True,
     ),
     "accuracy-promises": Table(points, (), cell=promises, source="accuracy"),
     "resources": Table(
         where(architecture=("sm_90",)),
-        (
-            "kernel",
-            "dtype",
-            "variant",
-            "registers",
-            "spills",
-            "phase 1",
-            "phase 2",
-            "phase 3",
-            "phase 2+3",
-            "phase 1 alone",
-        ),
+        ("kernel", "dtype", "variant", "registers", "stack", "spills", *PHASES),
         column="",
-        caption="sm_90. A phase's number is its instructions per pair of logits on the shortest way through its loop: "
-        "without rare cases, labels, and sums and gradients that are not asked for.",
+        caption="sm_90, CUDA {nvcc}. A phase's number is its instructions per pair of logits on the shortest way "
+        "through its loop: without rare cases, labels, and sums and gradients that are not asked for.",
         source="kernels",
     ),
-    "architectures": Table(
-        where(),
-        ("architecture", "kernels", "most registers, float", "most registers, double", "with spills or a stack"),
-        column="",
-        caption="All kernels of the object, built by CUDA {nvcc}.",
-        source="architectures",
-    ),
-    # Printed by the command alone.
-    "everything": Table(
-        where(), ("op", *VARIANT, "contender", "time", "share", "memory", *ALL_ERRORS, "status"), column=""
-    ),
+    "everything": Table(where(), ("op", *VARIANT, *RESULT, "loss_error", "grad_error", "status"), column=""),
 }
 
 
@@ -352,7 +303,7 @@ def generate(name: str, results: Path) -> str:
     if kind == "all":
         parts = [f"![{plot}](plots/{plot}.png)" for plot in plots(device, results)]
         for kind, table in TABLES.items():
-            if kind not in ("everything", "resources", "architectures") and (report := newest(results, device, table)):
+            if kind not in ("everything", "resources") and (report := newest(results, device, table)):
                 parts.append(f"{kind.replace('-', ', ')}:\n\n{table.make(report)}")
         return "\n\n".join(parts) or generate(f"{device}-summary", results)
     table = TABLES[kind]
@@ -370,15 +321,7 @@ def render(document: str, results: Path) -> str:
     return text
 
 
-COLOURS = {
-    "kldiv_ext": "#1565c0",
-    "eager": "#e6862e",
-    "eager_float": "#b3471d",
-    "compile": "#8bb174",
-    "compile_float": "#3d7a4a",
-    "linear_cross_entropy": "#8e6bb0",
-    "liger": "#c2185b",
-}
+COLOURS = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
 FLOOR, CEILING = 1e-9, 10.0  # of the plot of errors
 
 
@@ -392,7 +335,7 @@ def draw_speed(report: Report) -> Figure:
     for row, divergence in zip(grid, MAIN, strict=True):
         those = where(divergence=(divergence,))(records)
         names = [title(record["contender"]).replace("`", "") for record in those]
-        colours = [COLOURS.get(record["contender"], "grey") for record in those]
+        colours = [COLOURS[record["contender"]] for record in those]
         for axes, key, unit in zip(row, ("ms_p50", "peak_extra_bytes"), (1, 1e-6), strict=True):
             bars = axes.barh(names, [unit * record.get(key, 0) for record in those], color=colours)
             axes.bar_label(bars, fmt="{:,.0f}", padding=3)
@@ -407,14 +350,14 @@ def draw_speed(report: Report) -> Figure:
 
 def draw_accuracy(report: Report) -> Figure:
     """Errors against KL: a column per dtype, a row for gradients and one for losses."""
-    records = smooth(report["accuracy"])
+    records = points(report["accuracy"], (False,))
     levels = sorted({record["level"] for record in records})
     promised = {
         "gradient": [GRADIENT_PROMISE] * len(levels),
         "loss": [loss_promise("forward_kl", level) / level for level in levels],
     }
     figure = Figure(figsize=(9, 6), layout="constrained")
-    figure.suptitle(f"Errors against fp64, the worst of all divergences\n{machine_name(report)}")
+    figure.suptitle(f"Errors against fp64, the worst of all divergences; 10: also not finite\n{machine_name(report)}")
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
     for row, measure in zip(grid, promised, strict=True):
         row[0].set_ylabel(f"relative error of the {measure}")
@@ -426,7 +369,7 @@ def draw_accuracy(report: Report) -> Figure:
                 line[record["level"]] = max(height, line.get(record["level"], 0))
             for name, line in lines.items():
                 label = title(name).replace("`", "")
-                axes.plot(list(line), list(line.values()), ".-", color=COLOURS.get(name), label=label)
+                axes.plot(list(line), list(line.values()), ".-", color=COLOURS[name], label=label)
             axes.plot(levels, promised[measure], "k--", linewidth=1, label="promise of kldiv_ext")
             axes.set(xscale="log", yscale="log", title=f"{measure}, {dtype}")
             axes.grid(alpha=0.3)
@@ -444,28 +387,26 @@ def draw_linear(report: Report) -> Figure:
     axes = figure.subplots()
     for name in dict.fromkeys(record["contender"] for record in records):
         line = where(contender=(name,))(records)
-        x, y = [r["positions"] for r in line], [r["peak_extra_bytes"] / 1e6 for r in line]
-        axes.plot(x, y, "o-", color=COLOURS.get(name), label=title(name).replace("`", ""))
-    gradients = {record["positions"]: record["gradient_bytes"] / 1e6 for record in records}
+        x, y = [r["rows"] for r in line], [r["peak_extra_bytes"] / 1e6 for r in line]
+        axes.plot(x, y, "o-", color=COLOURS[name], label=title(name).replace("`", ""))
+    gradients = {record["rows"]: record["gradient_bytes"] / 1e6 for record in records}
     axes.plot(list(gradients), list(gradients.values()), "k:", label="gradients alone")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="positions", ylabel="peak memory beyond the inputs (MB)", yscale="log")
-    axes.set_title(f"forward_kl from hidden states, forward + backward\n{machine_name(report)}")
+    setting = "hidden size {hidden}, vocabulary {vocab}, {dtype}".format_map(records[0])
+    axes.set_title(f"forward_kl from hidden states, forward + backward\n{setting}; {machine_name(report)}")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
 
 
-DRAWINGS = {"": ("divergences", draw_speed), "accuracy": ("accuracy-loss", draw_accuracy)}
-DRAWINGS["linear"] = ("linear-positions", draw_linear)
-
-
 def plots(device: str, results: Path) -> dict[str, Figure]:
     """The plots by name, as far as the device is measured: cpu, accuracy, linear; gpu, gpu-accuracy, gpu-linear."""
     drawn = {}
-    for name, (kind, draw) in DRAWINGS.items():
+    kinds = {device: "divergences", "accuracy": "accuracy-loss", "linear": "linear-positions"}
+    for (name, kind), draw in zip(kinds.items(), (draw_speed, draw_accuracy, draw_linear), strict=True):
         if report := newest(results, device, TABLES[kind]):
-            drawn[name if name and device == "cpu" else f"{device}-{name}".strip("-")] = draw(report)
+            drawn[name if device in ("cpu", name) else f"{device}-{name}"] = draw(report)
     return drawn
 
 
@@ -473,22 +414,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     check = parser.parse_args(argv).check
-    stale = 0
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        made = render(text, RESULTS)
-        if made != text and check:
-            print(f"{document.name} differs: run python -m benchmarks.report", file=sys.stderr)
-            stale += 1
-        elif made != text:
-            document.write_text(made, encoding="utf-8")
+    texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    made = {document: render(text, RESULTS) for document, text in texts.items()}
+    stale = [document for document in DOCUMENTS if made[document] != texts[document]]
     if check:
-        return int(stale > 0)
+        print(*(f"{document.name} differs: run python -m benchmarks.report" for document in stale), file=sys.stderr)
+        return int(bool(stale))
+    for document in stale:
+        document.write_text(made[document], encoding="utf-8")
     PLOTS.mkdir(parents=True, exist_ok=True)
     for device in ("cpu", "gpu"):
         for name, figure in plots(device, RESULTS).items():
             figure.savefig(PLOTS / f"{name}.png", dpi=200)
-            print(os.path.relpath(PLOTS / f"{name}.png"))
+            print(f"docs/plots/{name}.png")
     return 0
 
 

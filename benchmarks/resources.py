@@ -1,9 +1,9 @@
 """What the compiled CUDA kernels use, read from the object without a GPU: registers, spills and instructions.
 
-A row kernel has a hot loop for each phase of a row. Some divergences have one for phases 2 and 3 together, or for the
-loss in phase 1 alone. Instructions per pair of logits are those of the shortest way through a loop on which a group of
-pairs is read, its exponentials are computed and, where the loop stores, the group is stored. That leaves out rare
-cases, cross entropies, sums that only gradients need, second gradients and the work per row.
+A row kernel has a hot loop for each phase of a row; some have one for phases 2 and 3 together, or for the loss in phase
+1 alone. Instructions per pair of logits are those of the shortest way through a loop that reads a group of pairs and,
+where the loop does so, computes exponentials and stores: without rare cases, cross entropies, sums that only gradients
+need, second gradients and the work per row.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import kldiv_ext
 from benchmarks.report import TABLES
-from benchmarks.results import Record, Report, dumps, loads, provenance, save
+from benchmarks.results import Record, dumps, loads, provenance, save
 from kldiv_ext import _build_info
 
 OBJECT = "_C_cuda.abi3.so"
@@ -31,10 +30,9 @@ STREAMED, RESIDENT = "distil_rows", "distil_resident_rows"
 ROW_KERNELS = (STREAMED, RESIDENT, "stats_of_rows")
 DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32", "double": "float64"}
 SCALAR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-# In a result file: these divergences (structs of csrc/divergences.h) and dtypes of these kernels.
+# In a result file: these divergences (structs of csrc/divergences.h) of these kernels.
 SHOWN_DIVERGENCES = {"ForwardKL": "forward_kl", "JensenShannon": "jsd"}
 SHOWN_KERNELS = {STREAMED: "streamed", RESIDENT: "resident"}
-SHOWN_DTYPES = ("bfloat16", "float32")
 
 
 def cuobjdump() -> str | None:
@@ -49,14 +47,13 @@ def dump(path: Path, *options: str) -> Iterator[str]:
     tool = cuobjdump()
     if tool is None:
         raise FileNotFoundError("cuobjdump is neither on the PATH nor in torch's Triton")
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [tool, *options, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            assert process.stdout is not None
-            yield from process.stdout
-        if process.returncode != 0:
-            errors.seek(0)
-            raise RuntimeError(f"{tool}: {errors.read().strip()}")
+    command = [tool, *options, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        yield from process.stdout
+        message = process.stderr.read().strip()
+    if process.returncode != 0:
+        raise RuntimeError(f"{tool}: {message}")
 
 
 def read_usage(path: Path) -> list[Record]:
@@ -114,15 +111,10 @@ def parse(lines: Iterable[str]) -> list[Record]:
 def usage(architecture: str, symbol: str, registers: int, stack: int, shared: int, local: int) -> Record:
     if not architecture:
         raise ValueError("no architecture is named before the first kernel: a cubin, where an object is expected")
-    kernel, arguments = name_of(symbol)
-    shared -= RESERVED_SHARED * (number(architecture) >= 90 and shared > 0)  # included from sm_90 on
-    names = {"architecture": architecture, "kernel": kernel, "arguments": arguments}
-    return {**names, "registers": registers, "stack": stack, "local": local, "shared": shared}
-
-
-def number(architecture: str) -> int:
-    """90 for sm_90 and sm_90a."""
-    return int(re.sub(r"\D", "", architecture))
+    names = dict(zip(("kernel", "arguments"), name_of(symbol), strict=True))
+    shared -= RESERVED_SHARED * (int(re.sub(r"\D", "", architecture)) >= 90 and shared > 0)  # included from sm_90 on
+    usage = {"registers": registers, "stack": stack, "local": local, "shared": shared}
+    return {"architecture": architecture, **names, **usage}
 
 
 def name_of(symbol: str) -> tuple[str, list[str]]:
@@ -156,12 +148,8 @@ def kind(opcode: str) -> str:
     return WIDE.get(name, "") if "128" in modifiers else "spills" if name in ("LDL", "STL") else ""
 
 
-def kinds(code: list[Instruction]) -> Counter[str]:
-    return Counter(kind(instruction.opcode) for instruction in code)
-
-
 def describe(record: Record, code: list[Instruction]) -> Record:
-    counts, dtype = kinds(code), dense_dtype(record)
+    counts, dtype = Counter(kind(c.opcode) for c in code), dense_dtype(record)
     return {name: counts[name] for name in COUNTED} | ({"loops": hot_loops(code, dtype)} if dtype else {})
 
 
@@ -170,19 +158,20 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
     group = 4 if dtype == "float64" else 8  # pairs; groups.h's kGroup
     index = {instruction.address: i for i, instruction in enumerate(code)}
     spans = {(index[c.target], i) for i, c in enumerate(code) if c.target in index and c.target < c.address}
-    found: list[tuple[int, int]] = []
+    found: list[tuple[int, int, Counter[str]]] = []
     for begin, end in sorted(spans, key=lambda span: span[1] - span[0]):
         # Code that was moved out of a loop and branches back into it spans others.
-        if any(begin <= other_end and other_begin <= end for other_begin, other_end in found):
+        if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
             continue
-        counts = kinds(code[begin : end + 1])
+        counts = Counter(kind(c.opcode) for c in code[begin : end + 1])
+        pairs = 16 * (counts["shared_loads_16"] or counts["loads_16"]) // (2 * SCALAR_BYTES[dtype])
         # A loop without exponentials only copies a row to shared memory; double has none at all.
-        if pairs_of(counts, dtype) >= group and (dtype == "float64" or counts["exponentials"]):
-            found.append((begin, end))
-    bodies = [code[begin : end + 1] for begin, end in sorted(found)]
+        if pairs >= group and (dtype == "float64" or counts["exponentials"]):
+            found.append((begin, end, counts))
+    found.sort(key=lambda span: span[0])
     loops = []
-    for loop, phase in zip(bodies, phases([kinds(body)["stores_16"] for body in bodies]), strict=True):
-        counts = kinds(loop)
+    for (begin, end, counts), phase in zip(found, phases([counts["stores_16"] for *_, counts in found]), strict=True):
+        loop = code[begin : end + 1]
         reads = "shared_loads_16" if counts["shared_loads_16"] else "loads_16"
         needed = {reads: 2 * group * SCALAR_BYTES[dtype] // 16, "exponentials": 2 * group, "stores_16": 1}
         needed = {name: min(count, counts[name]) for name, count in needed.items()}
@@ -190,11 +179,6 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         shortest = shortest_way(loop, needed, set() if phase.startswith("1") else loops_within(loop))
         loops.append({"phase": phase, "instructions": shortest, "pairs": group})
     return loops
-
-
-def pairs_of(counts: Counter[str], dtype: str) -> int:
-    """How many pairs of logits a loop reads, from shared memory if it reads that."""
-    return 16 * (counts["shared_loads_16"] or counts["loads_16"]) // (2 * SCALAR_BYTES[dtype])
 
 
 def loops_within(loop: list[Instruction]) -> set[int]:
@@ -242,25 +226,17 @@ def phases(stores: list[int]) -> list[str]:
     return [("3" if n == most else "2+3") if n else without.pop(0) if without else "2" for n in stores]
 
 
-def summarize(records: list[Record]) -> Report:
-    """What a result file keeps: the shown kernels, and each architecture's count of kernels and largest numbers."""
-    shown: list[Record] = []
-    architectures: dict[str, Record] = {}
-    for record in sorted(records, key=lambda record: record["architecture"]):
-        arguments, dtype = record["arguments"], dense_dtype(record)
-        new = {"architecture": record["architecture"], "kernels": 0, "with spills or a stack": 0}
-        most = architectures.setdefault(record["architecture"], new)
-        registers = f"most registers, {'double' if any('double' in name for name in arguments) else 'float'}"
-        most[registers] = max(most.get(registers, 0), record["registers"])
-        most["kernels"] += 1
-        most["with spills or a stack"] += any(record.get(name) for name in ("stack", "local", "spills"))
-        if record["kernel"] in SHOWN_KERNELS and dtype in SHOWN_DTYPES and arguments[-1] in SHOWN_DIVERGENCES:
+def shown(records: list[Record]) -> list[Record]:
+    """What a result file keeps: registers, spills and instructions per pair of the kernels used most."""
+    found = []
+    for record in records:
+        arguments, dtype, kernel = record["arguments"], dense_dtype(record), SHOWN_KERNELS.get(record["kernel"])
+        if kernel and dtype in ("bfloat16", "float32") and arguments[-1] in SHOWN_DIVERGENCES:
+            names = {"kernel": kernel, "dtype": dtype, "divergence": SHOWN_DIVERGENCES[arguments[-1]]}
+            counts = {name: record[name] for name in ("architecture", "registers", "stack", "spills")}
             ways = {f"phase {x['phase']}": x["instructions"] / x["pairs"] for x in record["loops"] if x["instructions"]}
-            names = {"kernel": SHOWN_KERNELS[record["kernel"]], "divergence": SHOWN_DIVERGENCES[arguments[-1]]}
-            counts = {name: record[name] for name in ("architecture", "registers", "spills")}
-            shown.append({**counts, **names, "dtype": dtype, **ways})
-    shown.sort(key=lambda r: (r["architecture"], r["kernel"] == "resident", r["dtype"], r["divergence"]))
-    return {"architectures": list(architectures.values()), "kernels": shown}
+            found.append({**names, **counts, **ways})
+    return sorted(found, key=lambda r: (r["architecture"], r["kernel"] == "resident", r["dtype"], r["divergence"]))
 
 
 def main(argv: list[str]) -> int:
@@ -271,12 +247,10 @@ def main(argv: list[str]) -> int:
     path = args.object or Path(kldiv_ext.__file__).parent / OBJECT
     if not path.exists():
         parser.error(f"{path} does not exist: build with a CUDA toolkit")
-    command = " ".join(["python -m benchmarks.resources", *argv])
-    nvcc = None if args.object else _build_info.cuda_version
-    run = {**provenance(command, "cpu"), "nvcc": nvcc, **summarize(read(path))}
-    save(run, args.json)
-    for name in ("resources", "architectures"):
-        print(TABLES[name].make(loads(dumps(run))), end="\n\n")
+    head = provenance(" ".join(["python -m benchmarks.resources", *argv]), "cpu")
+    report = {**head, "nvcc": None if args.object else _build_info.cuda_version, "kernels": shown(read(path))}
+    save(report, args.json)
+    print(TABLES["resources"].make(loads(dumps(report))))
     return 0
 
 

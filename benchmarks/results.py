@@ -21,7 +21,7 @@ import kldiv_ext.info
 Record = dict[str, Any]
 Report = dict[str, Any]
 DIGITS = 5  # of floats in a result file; tables show at most three
-PACKAGES = {"torch", "triton", "liger_kernel", "speculators"}
+PACKAGES = {"torch", "triton", "liger_kernel"}
 
 
 def make_parser(module: str, description: str | None, quick: str) -> argparse.ArgumentParser:
