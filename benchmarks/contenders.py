@@ -182,7 +182,7 @@ def _compiled(loss: Loss | None) -> Loss | None:
 
 
 def _linear_cross_entropy(problem: Problem) -> Loss | None:
-    """PyTorch's chunked cross entropy with soft targets: the divergence plus the teacher's entropy."""
+    """PyTorch's linear cross entropy with soft targets: the divergence plus the teacher's entropy."""
     if problem.op != "linear" or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None
     options = torch.nn.LinearCrossEntropyOptions()

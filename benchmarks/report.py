@@ -70,12 +70,12 @@ SIZES = {"rows": "rows", "hidden": "hidden size", "vocab": "vocabulary"}
 
 
 def readable(record: Record) -> dict[str, str]:
-    """The texts of a record by column. Where a result has no time, its status stands there."""
+    """The texts of a record by column. A failure's status stands in the place of time and memory."""
     texts = {key: str(value) for key, value in record.items()}
+    texts |= {column: text(record[key]) for key, (column, text) in TEXTS.items() if key in record}
     if record.get("status", "ok") != "ok":
         texts["time"] = texts["memory"] = re.sub("failed: .*", "failed", record["status"].lower())
-    texts |= {column: text(record[key]) for key, (column, text) in TEXTS.items() if key in record}
-    if "ratio" in record and record["contender"] != "kldiv_ext":
+    elif "ratio" in record and record["contender"] != "kldiv_ext":
         texts["time"] += f" ({record['ratio']:.0f}x)" if record["ratio"] >= 10 else f" ({record['ratio']:.2g}x)"
     sizes = [key for key in SIZES if key in record]
     return texts | {" × ".join(SIZES[key] for key in sizes): " × ".join(str(record[key]) for key in sizes)}
