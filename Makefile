@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 # Distil a student from a teacher on real text, with F.kl_div and with kldiv_ext, from logits and from hidden states.
 demo: $(STAMP)
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m examples.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -24,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 	$(BIN)/mypy
 
-# CPU and, where there is one, GPU: results as JSON, then the README's tables and the plots from them.
+# CPU and, where there is one, GPU: results as JSON, then the documents' tables and plots.
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks --json benchmarks/results/$(shell date +%F).json
 	$(BIN)/python -m benchmarks.linear --json benchmarks/results/linear-$(shell date +%F).json
@@ -33,7 +33,7 @@ benchmark: $(STAMP)
 
 # All that needs a GPU, in under ten minutes: tests, compute-sanitizer, measurements; then the tables and the plots.
 gpu: $(STAMP)
-	PYTHON=$(abspath $(BIN))/python benchmarks/gpu.sh build/gpu build tests sanitize benchmark accuracy report
+	PYTHON=$(abspath $(BIN))/python benchmarks/gpu.sh build/gpu build tests sanitize benchmark linear accuracy report
 
 # One wheel, built once, tested under the oldest and the newest torch.
 test-matrix: $(STAMP)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.contenders import CONTENDERS, LOG_TARGETS
 from benchmarks.measure import SMALL
 from benchmarks.promises import BELOW, GRADIENT_PROMISE, describe, first_order, loss_promise, missed
@@ -325,11 +323,11 @@ COLOURS = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
 FLOOR, CEILING = 1e-9, 10.0  # of the plot of errors
 
 
-def draw_speed(report: Report) -> Figure:
+def draw_speed(report: Report, figure: Any) -> None:
     """Time and memory of forward and backward, for two divergences."""
     records = [r for r in all_divergences(report["results"]) if r["mode"] == "forward_backward" and "ms_p50" in r]
     setting = "{rows} × {vocab} {dtype} logits".format_map(records[0])
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure.set_size_inches(8, 4.6)
     figure.suptitle(f"Forward + backward of {setting}\n{machine_name(report)}")
     grid = figure.subplots(2, 2, sharex="col", sharey=True)
     for row, divergence in zip(grid, MAIN, strict=True):
@@ -345,10 +343,9 @@ def draw_speed(report: Report) -> Figure:
     grid[1, 0].set_xlabel("median time (ms)")
     grid[1, 1].set_xlabel("peak memory beyond the inputs (MB)")
     grid[0, 0].invert_yaxis()
-    return figure
 
 
-def draw_accuracy(report: Report) -> Figure:
+def draw_accuracy(report: Report, figure: Any) -> None:
     """Errors against KL: a column per dtype, a row for gradients and one for losses."""
     records = points(report["accuracy"], (False,))
     levels = sorted({record["level"] for record in records})
@@ -356,7 +353,7 @@ def draw_accuracy(report: Report) -> Figure:
         "gradient": [GRADIENT_PROMISE] * len(levels),
         "loss": [loss_promise("forward_kl", level) / level for level in levels],
     }
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.set_size_inches(9, 6)
     figure.suptitle(f"Errors against fp64, the worst of all divergences; 10: also not finite\n{machine_name(report)}")
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
     for row, measure in zip(grid, promised, strict=True):
@@ -377,13 +374,12 @@ def draw_accuracy(report: Report) -> Figure:
     grid[0, 0].invert_xaxis()
     grid[1, 1].set_xlabel("forward KL of student and teacher")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
 
 
-def draw_linear(report: Report) -> Figure:
+def draw_linear(report: Report, figure: Any) -> None:
     """Peak memory over positions, a line per contender."""
     records = [record for record in report["positions"] if "peak_extra_bytes" in record]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure.set_size_inches(8, 4.5)
     axes = figure.subplots()
     for name in dict.fromkeys(record["contender"] for record in records):
         line = where(contender=(name,))(records)
@@ -397,16 +393,19 @@ def draw_linear(report: Report) -> Figure:
     axes.set_title(f"forward_kl from hidden states, forward + backward\n{setting}; {machine_name(report)}")
     axes.legend()
     axes.grid(alpha=0.3)
-    return figure
 
 
-def plots(device: str, results: Path) -> dict[str, Figure]:
-    """The plots by name, as far as the device is measured: cpu, accuracy, linear; gpu, gpu-accuracy, gpu-linear."""
+def plots(device: str, results: Path) -> dict[str, Any]:
+    """Figures by name, as far as the device is measured: cpu, accuracy, linear; gpu, gpu-accuracy, gpu-linear."""
     drawn = {}
     kinds = {device: "divergences", "accuracy": "accuracy-loss", "linear": "linear-positions"}
     for (name, kind), draw in zip(kinds.items(), (draw_speed, draw_accuracy, draw_linear), strict=True):
         if report := newest(results, device, TABLES[kind]):
-            drawn[name if device in ("cpu", name) else f"{device}-{name}"] = draw(report)
+            from matplotlib.figure import Figure  # needed to draw, not to measure
+
+            figure = Figure(layout="constrained")
+            draw(report, figure)
+            drawn[name if device in ("cpu", name) else f"{device}-{name}"] = figure
     return drawn
 
 

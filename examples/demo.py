@@ -32,7 +32,7 @@ import kldiv_ext
 
 SEED = 0
 TEMPERATURE = 2.0
-WORKSPACE = {"cpu": 32_000_000, "cuda": 256_000_000}  # bytes for chunks of logits in the run from hidden states
+WORKSPACE = {"cpu": 64_000_000, "cuda": 256_000_000}  # bytes for chunks of logits in the run from hidden states
 TOLERANCE = 0.01  # largest difference of the loss curves, as a share of their height
 
 
@@ -103,10 +103,7 @@ def tokenize(texts: list[str], vocab: int) -> Tensor:
     }
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, **options))
     if tokenizer.get_vocab_size() != vocab:
-        raise SystemExit(
-            f"demo: the text gives a vocabulary of {tokenizer.get_vocab_size()} entries, not {vocab}: this machine's "
-            "standard library and installed packages hold too little text for this --vocab."
-        )
+        raise SystemExit(f"demo: this machine holds too little text for a vocabulary of {vocab} entries, see --vocab")
     encoded = (e.ids for e in tokenizer.encode_batch([text + end for text in texts]))
     ids = torch.tensor(list(itertools.chain.from_iterable(encoded)))
     print(f"  {len(ids)} tokens")
@@ -137,9 +134,8 @@ class Transformer(nn.Module):
             width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The hidden states before the head, [batch * length, width]."""
@@ -222,14 +218,18 @@ def peak_mb(device: torch.device, *, restart: bool = False) -> float:
         return float("nan")
 
 
-@dataclasses.dataclass
+def now_ms(device: torch.device) -> float:
+    """The time when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
 class Run:
     """The measurements of one distillation: one entry per step, and the peak memory over all steps."""
 
-    name: str
-    losses: list[float] = dataclasses.field(default_factory=list)
-    loss_ms: list[float] = dataclasses.field(default_factory=list)
-    peak_mb: float = 0.0
+    def __init__(self, name: str) -> None:
+        self.name, self.peak_mb, self.losses, self.loss_ms = name, 0.0, list[float](), list[float]()
 
 
 def distil(name: str, loss_function: Callable[[Models], Tensor], teacher: Transformer, ids: Tensor, s: Settings) -> Run:
@@ -240,11 +240,6 @@ def distil(name: str, loss_function: Callable[[Models], Tensor], teacher: Transf
     data = batches(ids, s, SEED + 1)
     run = Run(name)
 
-    def now_ms() -> float:
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
     for _ in tqdm(range(s.steps), unit="step", disable=None):
         batch = next(data)[:, :-1]
         with torch.no_grad():
@@ -254,11 +249,11 @@ def distil(name: str, loss_function: Callable[[Models], Tensor], teacher: Transf
         # The graph is cut before the head, so that head and loss are measured without the rest of the model.
         leaf = student_hidden.detach().requires_grad_()
         optimizer.zero_grad()
-        before, start = peak_mb(ids.device, restart=True), now_ms()
+        before, start = peak_mb(ids.device, restart=True), now_ms(ids.device)
         with mixed_precision(ids.device):
             loss = loss_function(Models(leaf, student.tokens.weight, teacher_hidden, teacher.tokens.weight))
         loss.backward()  # type: ignore[no-untyped-call]
-        run.loss_ms.append(now_ms() - start)
+        run.loss_ms.append(now_ms(ids.device) - start)
         run.peak_mb = max(peak_mb(ids.device) - before, run.peak_mb)  # NaN stays NaN
 
         student_hidden.backward(leaf.grad)
@@ -277,10 +272,11 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
         curves.plot(range(1, len(run.losses) + 1), run.losses, line, color=color, linewidth=width, label=run.name)
         for axes, value in ((times, statistics.median(run.loss_ms)), (memory, run.peak_mb)):
             axes.bar_label(axes.bar(run.name.replace(", ", ",\n"), value, color=color), fmt="{:,.0f}")
+            axes.margins(y=0.1)
     curves.set(title="loss curves", xlabel="step", ylabel="loss (nats per token)")
     curves.legend()
-    times.set(title="time of head + loss", ylabel="ms per step")
-    memory.set(title="peak memory of head + loss", ylabel="extra MB")
+    times.set(title="head + loss: time", ylabel="ms per step")
+    memory.set(title="head + loss: memory", ylabel="peak extra MB")
     figure.savefig(path, dpi=120)
 
 
@@ -316,8 +312,7 @@ def main() -> int:
 
     print(f"\n{'':22}{'final loss':>12}{'head + loss ms':>16}{'peak extra MB':>15}")
     for run in runs:
-        peak = f"{run.peak_mb:.0f}" if math.isfinite(run.peak_mb) else "not available"
-        print(f"{run.name:22}{run.losses[-1]:12.5f}{statistics.median(run.loss_ms):16.1f}{peak:>15}")
+        print(f"{run.name:22}{run.losses[-1]:12.5f}{statistics.median(run.loss_ms):16.1f}{run.peak_mb:15.0f}")
     print("Head + loss: forward, and backward to the hidden states and the head; the median over the steps.")
     curves = [run.losses for run in runs]
     largest = max(abs(a - b) for curve in curves[1:] for a, b in zip(curves[0], curve, strict=True))
