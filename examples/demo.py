@@ -72,7 +72,6 @@ def documents() -> Iterator[Path]:
     files = [f for package in packages for f in sorted(package.files or [])]
     prose = ("LICEN", "COPYING", "NOTICE", "METADATA", "README")
     yield from (Path(str(f.locate())) for f in files if f.name.upper().startswith(prose))
-    # The packages' own sources make up for a slim standard library.
     yield from (Path(str(f.locate())) for f in files if f.suffix == ".py" and skip.isdisjoint(f.parts))
 
 
