@@ -29,11 +29,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--shapes", type=shapes, help="ROWSxVOCAB,...")
     add("--dtype", type=names_of(tuple(DTYPES)), help="default: bfloat16,float32")
     add("--mode", type=names_of(MODES), help=f"of {','.join(MODES)}; default: the first two")
-    add(
-        "--contenders",
-        type=names_of(contenders.FROM_LOGITS),
-        help=f"of {','.join(contenders.FROM_LOGITS)}; kldiv_ext always runs",
-    )
+    add("--contenders", type=names_of(contenders.FROM_LOGITS), help=f"of {','.join(contenders.FROM_LOGITS)}")
     add("--list", action="store_true", help="print what would be measured, and stop")
     add("--check", action="store_true", help="check against fp64, time nothing")
     add("--repeats", type=int, default=50, help="rounds per problem, at most (default %(default)s)")

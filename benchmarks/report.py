@@ -328,7 +328,7 @@ def draw_speed(report: Report, figure: Any) -> None:
     records = [r for r in all_divergences(report["results"]) if r["mode"] == "forward_backward" and "ms_p50" in r]
     setting = "{rows} × {vocab} {dtype} logits".format_map(records[0])
     figure.set_size_inches(8, 4.6)
-    figure.suptitle(f"Forward + backward of {setting}\n{machine_name(report)}")
+    figure.suptitle(f"Forward + backward of {setting} (less is better)\n{machine_name(report)}")
     grid = figure.subplots(2, 2, sharex="col", sharey=True)
     for row, divergence in zip(grid, MAIN, strict=True):
         those = where(divergence=(divergence,))(records)
@@ -354,7 +354,9 @@ def draw_accuracy(report: Report, figure: Any) -> None:
         "loss": [loss_promise("forward_kl", level) / level for level in levels],
     }
     figure.set_size_inches(9, 6)
-    figure.suptitle(f"Errors against fp64, the worst of all divergences; 10: also not finite\n{machine_name(report)}")
+    figure.suptitle(
+        f"Errors against fp64, the worst of all divergences (10: 10 or more, or not finite)\n{machine_name(report)}"
+    )
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
     for row, measure in zip(grid, promised, strict=True):
         row[0].set_ylabel(f"relative error of the {measure}")
