@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that only a machine with a GPU can show, in under ten minutes: stages, each under a time limit of its own.
+# Builds, tests and measures on a machine with a GPU, in under ten minutes: in stages, each with its own time limit.
 #
 #   benchmarks/gpu.sh [OUT] [build|tests|sanitize|benchmark|linear|accuracy|report]...
 #
 # OUT (or $OUT) receives GPU-DATE.json, linear-GPU-DATE.json, accuracy-GPU-DATE.json, summary.txt and logs.tar.gz.
-# Without names all stages run but report, which puts the results of OUT into benchmarks/results, the README and the
-# plots. A stage that fails does not stop the next; the exit status is 1 if one did. Environment:
+# Without names all stages run except report, which puts the results of OUT into benchmarks/results, the documents and
+# the plots. A failing stage does not stop the next one; it makes the exit status 1. Environment:
 #   PYTHON                  default python3
-#   WHEELS                  a folder of wheels that this Python lacks
-#   COMMIT                  named in the results where the copy has no history
-#   BUILD_SECONDS, ...      a stage's limit; what BENCHMARK_SECONDS do not suffice for is named in the results
+#   WHEELS                  a folder of wheels of packages that this Python lacks
+#   COMMIT                  named in the results if the copy has no history
+#   BUILD_SECONDS, ...      a stage's limit; the results name the problems that BENCHMARK_SECONDS do not suffice for
 #   DEVICE=cpu, QUICK=1     try the script without a GPU, with tiny problems
 # shellcheck disable=SC2329 # stages are called by their names
 set -euo pipefail
@@ -49,7 +49,7 @@ tests() {
   local processes=() chosen=(tests --ignore=tests/test_cuda_kernels_emulated.py -k "$device")
   if has xdist; then processes=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
   if [[ ${QUICK-} ]]; then chosen=(tests/test_token_stats.py -k "$device"); fi
-  # What a test file lacks is an error of that file alone; nothing passed is a failure, all skipped too.
+  # A package that a test file lacks fails that file alone. The stage fails if no test passes, or all are skipped.
   "$python" -m pytest "${chosen[@]}" "${processes[@]}" -rfE --tb=short --durations=5 \
     --continue-on-collection-errors | tee "$work/pytest"
   grep -qE '[0-9]+ passed' "$work/pytest"
@@ -75,7 +75,7 @@ accuracy() {
 
 report() {
   if [[ ${QUICK-} ]]; then
-    echo "not of a trial"
+    echo "QUICK results are not reported"
     return 1
   fi
   cp "$1"/*.json benchmarks/results/
@@ -133,7 +133,7 @@ if [[ $device == cuda ]]; then
 fi
 name=$(tr '[:upper:]' '[:lower:]' <<<"$gpu_name" | tr -cs 'a-z0-9\n' -)-$(date +%F)
 
-# A log of any length, in few and small files: whoever fetches them may be limited in both.
+# All logs in one small archive: fetching may be limited in files and bytes.
 pack() {
   local log
   for log in "$work"/logs/*.log; do
@@ -146,7 +146,7 @@ pack() {
   mv "$out/logs.tar.gz.new" "$out/logs.tar.gz"
 }
 
-run_stage() { # leaves what is to be said in `verdict`
+run_stage() { # sets `verdict`
   local limit log="$out/running.log" status=0 variable="${1^^}_SECONDS"
   limit=${!variable:-${seconds[$1]}}
   timeout --kill-after=10 "$limit" "$BASH" "$script" --stage "$1" "$work" "$out" "$name" "$limit" >"$log" 2>&1 ||

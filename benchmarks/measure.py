@@ -1,9 +1,11 @@
-"""How time, memory, accuracy and copy bandwidth are measured."""
+"""How time, memory, errors and copy bandwidth are measured."""
 
 import contextlib
 import ctypes
 import gc
+import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -13,96 +15,100 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Expected, Loss
-from benchmarks.modes import SMALL
+from benchmarks.promises import GRADIENT_PROMISE, LOSS_PROMISE
+from benchmarks.results import Record, failure
 
-# What a GradScaler does: fp16 gradients of a mean over rows are too small to be stored unscaled.
+Loss = Callable[..., Tensor]
+# fp16 gradients of a mean over rows underflow unscaled; a GradScaler scales them, too.
 GRAD_SCALE = {torch.float16: 2.0**15}
+# A gradient with a larger relative error is another computation, and its time means nothing.
+ABSURD_GRADIENT_ERROR = 0.5
+# Below this number of logits the overhead of a call matters: on a GPU, the launches.
+SMALL = 2**23
+SMALL_CALLS = 50
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**32}
-L2_FLUSH_BYTES = 2**28
-# Written so often before what is timed: longer than the launches take, which then wait behind it and do not show.
-L2_FLUSHES = 8
-SMALL_CALLS = 50  # in a row, on a GPU, as a user sees them
-TIMERS = {
-    "cpu": "wall clock of single calls",
-    "events": "CUDA events around single calls that are launched in advance, cold L2 cache",
-    "calls": f"wall clock of {SMALL_CALLS} calls in a row and one synchronization, over their number",
-}
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
+# Before each timed call the L2 cache is overwritten so often that this takes longer than the launches of the call.
+L2_FLUSHES, L2_FLUSH_BYTES = 8, 2**28
 
 
 class Step:
-    """One run of a contender: the loss alone, or `factor` times the loss and its backward."""
+    """One run of a loss, or of `factor` times the loss and its backward."""
 
-    def __init__(self, loss: Loss, student: Tensor, teacher: Tensor, backward: bool, factor: float = 1.0) -> None:
-        self.loss, self.student, self.teacher, self.backward, self.factor = loss, student, teacher, backward, factor
-        self.scale = GRAD_SCALE.get(student.dtype, 1.0)
+    def __init__(self, loss: Loss, *inputs: Tensor, backward: bool, factor: float = 1.0) -> None:
+        self.loss, self.inputs, self.backward, self.factor = loss, inputs, backward, factor
+        self.scale = GRAD_SCALE.get(inputs[0].dtype, 1.0) if inputs else 1.0
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(x.nbytes for x in self.inputs if x.requires_grad) if self.backward else 0
 
     def reset(self) -> None:
-        """Free the last gradients, so that every run allocates its own."""
-        self.student.grad = self.teacher.grad = None
+        """Free the gradients, so that every run allocates its own."""
+        for x in self.inputs:
+            x.grad = None
 
     def __call__(self) -> Tensor:
         if not self.backward:
             with torch.no_grad():
-                return self.loss(self.student, self.teacher)
-        loss = self.loss(self.student, self.teacher)
+                return self.loss(*self.inputs)
+        loss = self.loss(*self.inputs)
         scaled = loss if self.factor == 1 else loss * self.factor
         torch.autograd.backward(scaled, None if self.scale == 1 else torch.full_like(scaled, self.scale))
         return loss
 
 
-class Errors(NamedTuple):
-    """Relative error of the loss, relative L2 errors of the gradients that there are, eps of the loss's dtype."""
+class Expected(NamedTuple):
+    """fp64 loss and gradients from the rounded inputs; gradients may be stored as fp32."""
 
     loss: float
-    gradient: float | None
-    teacher_gradient: float | None
-    loss_eps: float
+    gradients: tuple[Tensor, ...]  # of the inputs that require a gradient, in their order
+    entropy: float = 0.0  # the teacher's, where a contender's loss includes it
 
 
-def errors(step: Step, expected: Expected) -> Errors:
-    """How far a step is from what is right."""
+def verify(
+    step: Step, expected: Expected, names: tuple[str, ...], promised: bool = False, offset: float = 0.0
+) -> Record:
+    """Relative errors, of the gradients under `names`, and a status: ok, WRONG, or the failure.
+
+    A promised step must be as accurate as kldiv_ext promises, others must compute the same, plus `offset` in the loss.
+    """
     step.reset()
-    loss = step()
-    eps = torch.finfo(loss.dtype).eps
-    loss_error = abs(loss.item() - expected.loss) / abs(expected.loss)
-    if not step.backward:
-        return Errors(loss_error, None, None, eps)
-    found, of_teacher = step.student.grad, step.teacher.grad
-    step.reset()
-    if found is None or (step.teacher.requires_grad and of_teacher is None):
-        raise RuntimeError("a gradient is missing")
+    try:
+        loss = step()
+        found = [x.grad for x in step.inputs if x.requires_grad] if step.backward else []
+        gradients = [gradient for gradient in found if gradient is not None]
+        if len(gradients) < len(found):
+            raise RuntimeError("a gradient is missing")
+    except Exception as error:  # a contender's failure is a result, not the end of the run
+        if step.inputs[0].is_cuda:
+            torch.cuda.synchronize()  # raises if the device is lost: nothing can be measured after that
+        return {"gradient_bytes": step.gradient_bytes, "status": failure(error)}
+    finally:
+        step.reset()
     scale = step.scale * step.factor
-    gradient_error = _gradient_error(found, expected.gradient, scale)
-    if of_teacher is None:
-        return Errors(loss_error, gradient_error, None, eps)
-    assert expected.teacher_gradient is not None
-    return Errors(loss_error, gradient_error, _gradient_error(of_teacher, expected.teacher_gradient, scale), eps)
-
-
-def _gradient_error(found: Tensor, expected: Tensor, scale: float) -> float:
-    difference = torch.linalg.vector_norm((found.float() / scale).sub_(expected))
-    return (difference / torch.linalg.vector_norm(expected)).item()
+    errors = {"loss_error": abs(loss.item() - offset - expected.loss) / abs(expected.loss)}
+    for name, gradient, exact in zip(names, gradients, expected.gradients, strict=False):
+        difference = torch.linalg.vector_norm((gradient.float() / scale).sub_(exact))
+        errors[name] = (difference / torch.linalg.vector_norm(exact)).item()
+    # A loss may be off by the rounding of its dtype. All comparisons are False for NaN.
+    largest = max(LOSS_PROMISE, torch.finfo(loss.dtype).eps) if promised else math.inf
+    limits = [largest, *[GRADIENT_PROMISE if promised else ABSURD_GRADIENT_ERROR] * len(found)]
+    right = all(error <= limit and error < math.inf for error, limit in zip(errors.values(), limits, strict=True))
+    return {"gradient_bytes": step.gradient_bytes, **errors, "status": "ok" if right else "WRONG"}
 
 
 def timer_name(device: str, logits: int) -> str:
-    """Which of TIMERS is for so many logits."""
-    if device == "cpu":
-        return "cpu"
-    return "calls" if logits < SMALL else "events"
+    """How that many logits are timed: by the wall clock of single calls (cpu) or of many (calls), or by CUDA events."""
+    return "cpu" if device == "cpu" else "calls" if logits < SMALL else "events"
 
 
-def time_steps(
-    steps: dict[str, Step], device: str, repeats: int, seconds: float, how: str | None = None
-) -> dict[str, list[float]]:
-    """Milliseconds of every step, run in rounds so that noise meets all of them alike; `how` is one of TIMERS.
+def time_steps(steps: dict[str, Step], how: str, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every step, `how` being a timer_name.
 
-    Stops after `repeats` rounds, or after `seconds` if there were at least three. A new order in
-    every round keeps one contender from always following the same other.
+    Steps run in rounds, so that noise meets all of them alike, in a new random order each round, so that none always
+    follows the same other one. Stops after `repeats` rounds, or after `seconds` and at least three rounds.
     """
-    timer = _make_timer(how or ("events" if device == "cuda" else "cpu"))
+    timer = _CudaTimer() if how == "events" else _calls_timer if how == "calls" else _wall_clock
     for step in steps.values():  # warm up
         timer(step)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -118,13 +124,7 @@ def time_steps(
     return times
 
 
-def _make_timer(name: str) -> Callable[[Step], float]:
-    if name == "events":
-        return _CudaTimer()
-    return _calls_timer if name == "calls" else _cpu_timer
-
-
-def _cpu_timer(step: Step) -> float:
+def _wall_clock(step: Step) -> float:
     step.reset()
     start = time.perf_counter()
     step()
@@ -142,7 +142,7 @@ def _calls_timer(step: Step) -> float:
 
 
 class _CudaTimer:
-    """Event times with a cold L2; writing over it also hides the launches."""
+    """CUDA events. Overwriting the L2 cache first also hides the launches."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -160,33 +160,24 @@ class _CudaTimer:
         return float(start.elapsed_time(end))
 
 
-def quantiles(times: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    if len(times) == 1:
-        return times[0], times[0], times[0]
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return fifths[0], statistics.median(times), fifths[3]
+def quantiles(times: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile, as a result has them."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return {"ms_p20": fifths[0], "ms_p50": statistics.median(times), "ms_p80": fifths[3]}
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read plus written, of a large `copy_`: the limit that shares refer to."""
+    """Bytes per second, read plus written, of a large `copy_`."""
     count = COPY_BYTES[device]
     source = torch.ones(count, dtype=torch.int8, device=device)
     target = torch.ones_like(source)
-
-    def copy(_student: Tensor, _teacher: Tensor) -> Tensor:
-        return target.copy_(source)
-
-    step = Step(copy, torch.empty(0), torch.empty(0), backward=False)
-    times = time_steps({"copy": step}, device, repeats=20, seconds=10)["copy"]
+    step = Step(lambda: target.copy_(source), backward=False)
+    times = time_steps({"copy": step}, timer_name(device, count), repeats=20, seconds=10)["copy"]
     return 2 * count / (statistics.median(times) / 1e3)
 
 
 def peak_extra_bytes(step: Step, device: str) -> int | None:
-    """Most memory beyond the inputs at any moment of a run; None where it cannot be measured.
-
-    The gradient that the run returns is part of it.
-    """
+    """The peak memory of a run beyond its inputs, its gradients included; None where it cannot be measured."""
     step.reset()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -196,11 +187,11 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    # Give freed heap memory back to the system, or reusing it would not show (glibc only).
+    # Return freed heap memory to the system (glibc only): reused memory would not show in the peak.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        CLEAR_REFS.write_text("5")  # sets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory
     except OSError:
         return None
     before = _status_bytes("VmRSS")
@@ -209,10 +200,10 @@ def peak_extra_bytes(step: Step, device: str) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """From here on freed CPU memory stays the process's (glibc only), as allocators for training have it.
+    """From now on freed CPU memory stays with the process (glibc only), as with allocators made for training.
 
-    New pages are cleared by the system: of large tensors that is a good part of the time, and on a virtual machine it
-    depends on what the others do. Peaks of memory are to be measured before, or they would be those of its fragments.
+    The system clears every new page. For large tensors that is much of the time, and on a virtual machine it depends
+    on the neighbours. Measure peak memory before this call: afterwards the heap's fragments count as well.
     """
     trim_threshold, mmap_max = -1, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
@@ -221,7 +212,4 @@ def keep_freed_memory() -> None:
 
 
 def _status_bytes(key: str) -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"no {key} in {STATUS}")
+    return 1024 * int(re.findall(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])

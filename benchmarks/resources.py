@@ -1,86 +1,74 @@
-"""What the compiled CUDA kernels take and do, read from the object: `python -m benchmarks.resources [OBJECT]`.
+"""What the compiled CUDA kernels use, read from the object without a GPU: registers, spills and instructions.
 
-No GPU is needed. cuobjdump tells registers, stack, local and shared memory, and disassembles; the occupancy follows
-from the launch shapes of csrc/cuda/shapes.h and from what a device has.
-
-A row kernel has three hot loops, one for each phase of a row; of the divergences whose gradient needs no sum first
-there is another, for phases 2 and 3 in one, and of those whose loss phase 1 can give another one of it. Instructions
-per pair of logits are those of the shortest way through such a loop on which a group of pairs is read, has its
-exponentials computed and, where the loop stores, is stored: without what is rare, what a cross entropy adds, sums that
-only gradients need, and a second gradient. Where every way takes half a group at a time in a loop within it, none is
-told. What a row takes once, such as the exchange between its threads, is not in them.
+A row kernel has a hot loop for each phase of a row; some have one for phases 2 and 3 together, or for the loss in phase
+1 alone. Instructions per pair of logits are those of the shortest way through a loop that reads a group of pairs and,
+where the loop does so, computes exponentials and stores: without rare cases, cross entropies, sums that only gradients
+need, second gradients and the work per row.
 """
 
 import argparse
 import ctypes
 import heapq
-import importlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+import kldiv_ext
+from benchmarks.report import TABLES
+from benchmarks.results import Record, dumps, loads, provenance, save
+from kldiv_ext import _build_info
+
 OBJECT = "_C_cuda.abi3.so"
-
 STREAMED, RESIDENT = "distil_rows", "distil_resident_rows"
 ROW_KERNELS = (STREAMED, RESIDENT, "stats_of_rows")
-DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32", "double": "float64"}  # as kernels name them
+DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "float": "float32", "double": "float64"}
 SCALAR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # Llama 2, GPT 2, Llama 3, Qwen 2.5, Gemma 3
-
-Record = dict[str, Any]
-
-
-# ---------------------------------------------------------------- from the object to text
+# In a result file: these divergences (structs of csrc/divergences.h) of these kernels.
+SHOWN_DIVERGENCES = {"ForwardKL": "forward_kl", "JensenShannon": "jsd"}
+SHOWN_KERNELS = {STREAMED: "streamed", RESIDENT: "resident"}
 
 
 def cuobjdump() -> str | None:
-    """Of the CUDA toolkit, or the one that torch's Triton brings."""
+    """The CUDA toolkit's, or the one in torch's Triton."""
     triton = importlib.util.find_spec("triton")
-    folders = [Path(p) / "backends/nvidia/bin" for p in (triton and triton.submodule_search_locations) or []]
-    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
+    folders = [f"{path}/backends/nvidia/bin" for path in (triton and triton.submodule_search_locations) or []]
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *folders]))
 
 
 def dump(path: Path, *options: str) -> Iterator[str]:
-    """What cuobjdump says of an object, by lines: hundreds of megabytes in all."""
+    """cuobjdump's output by lines: hundreds of megabytes in all."""
     tool = cuobjdump()
     if tool is None:
         raise FileNotFoundError("cuobjdump is neither on the PATH nor in torch's Triton")
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [tool, *options, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            assert process.stdout is not None
-            yield from process.stdout
-        if process.returncode != 0:
-            errors.seek(0)
-            raise RuntimeError(f"{tool}: {errors.read().strip()}")
+    command = [tool, *options, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        yield from process.stdout
+        message = process.stderr.read().strip()
+    if process.returncode != 0:
+        raise RuntimeError(f"{tool}: {message}")
 
 
 def read_usage(path: Path) -> list[Record]:
-    """Every kernel without its code: a matter of a second."""
+    """Every kernel without its code: about a second."""
     return parse(dump(path, "--dump-resource-usage"))
 
 
 def read(path: Path) -> list[Record]:
-    """Every kernel with its code: ten seconds or more for each architecture, most of them cuobjdump's."""
+    """Every kernel with counts of its code: ten seconds or more per architecture, most of them cuobjdump's."""
     return parse(dump(path, "--dump-resource-usage", "--dump-sass"))
-
-
-# ---------------------------------------------------------------- from text to records
 
 
 class Instruction(NamedTuple):
     address: int
-    opcode: str  # with what is set of it: LDG.E.EF.128
+    opcode: str  # with its modifiers: LDG.E.EF.128
     target: int | None  # of a branch
     conditional: bool  # whether a branch may not be taken
 
@@ -92,14 +80,15 @@ CODE_OF = re.compile(r"\s*Function : (\w+)$")
 # /*0a30*/   @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;   /* the first half of its 16 bytes */
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+RESERVED_SHARED = 1024  # per block, for CUDA itself
 
 
 def parse(lines: Iterable[str]) -> list[Record]:
-    """The kernels of cuobjdump's text, with their code where that is in it."""
+    """The kernels in cuobjdump's text, with counts of their code where the text has it."""
     architecture = symbol = ""
     records: dict[tuple[str, str], Record] = {}  # of equal kernels in several files, the last
+    record: Record = {}
     code: list[Instruction] = []
-    codes: dict[tuple[str, str], list[Instruction]] = {}
     for line in lines:
         if found := INSTRUCTION.match(line):
             branch = found[3].startswith("BRA")
@@ -113,99 +102,59 @@ def parse(lines: Iterable[str]) -> list[Record]:
         elif found := USAGE.match(line):
             records[architecture, symbol] = usage(architecture, symbol, *map(int, found.groups()))
         elif found := CODE_OF.match(line):
-            describe_all(records, codes)  # all but the one that begins: code takes much memory
-            code = codes[architecture, found[1]] = []
-    describe_all(records, codes)
+            record |= describe(record, code) if code else {}
+            record, code = records[architecture, found[1]], []
+    record |= describe(record, code) if code else {}
     return list(records.values())
-
-
-def describe_all(records: dict[tuple[str, str], Record], codes: dict[tuple[str, str], list[Instruction]]) -> None:
-    for key in list(codes):
-        records[key].update(describe(records[key], codes.pop(key)))
 
 
 def usage(architecture: str, symbol: str, registers: int, stack: int, shared: int, local: int) -> Record:
     if not architecture:
         raise ValueError("no architecture is named before the first kernel: a cubin, where an object is expected")
-    kernel, arguments = name_of(symbol)
-    return {
-        "architecture": architecture,
-        "kernel": kernel,
-        "arguments": arguments,
-        "symbol": symbol,
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        # From sm_90 on it is told with what CUDA takes itself.
-        "shared": shared - RESERVED_SHARED * (number(architecture) >= 90 and shared > 0),
-    }
-
-
-def number(architecture: str) -> int:
-    """90 for sm_90 and sm_90a."""
-    return int(re.sub(r"\D", "", architecture))
-
-
-def demangled(symbol: str) -> str:
-    """By the C++ library that torch has loaded anyway."""
-    library = ctypes.CDLL("libstdc++.so.6")
-    library.__cxa_demangle.restype = ctypes.c_char_p  # never freed: a few kilobytes
-    text: bytes | None = library.__cxa_demangle(symbol.encode(), None, None, None)
-    return text.decode() if text else symbol
+    names = dict(zip(("kernel", "arguments"), name_of(symbol), strict=True))
+    shared -= RESERVED_SHARED * (int(re.sub(r"\D", "", architecture)) >= 90 and shared > 0)  # included from sm_90 on
+    usage = {"registers": registers, "stack": stack, "local": local, "shared": shared}
+    return {"architecture": architecture, **names, **usage}
 
 
 def name_of(symbol: str) -> tuple[str, list[str]]:
-    """The kernel's name and its template arguments, without namespaces: ("distil_rows", ["DenseSide<float>", …])."""
-    text = demangled(symbol).replace("(anonymous namespace)::", "").removeprefix("void ")
-    text = re.sub(r"\b(?:\w+::)+", "", text)
-    name = re.match(r"\w+", text)
-    assert name, symbol
-    arguments, depth = [""], 0
-    for c in text[name.end() :]:
-        depth += (c == "<") - (c == ">")
-        if depth == 0:
-            break
-        if c == "," and depth == 1:
-            arguments.append("")
-        elif depth > 1 or c != "<":
-            arguments[-1] += c
-    return name[0], [a.strip().replace(" >", ">") for a in arguments if a.strip()]
+    """The kernel and its template arguments, without namespaces: ("distil_rows", ["DenseSide<float>", …])."""
+    library = ctypes.CDLL("libstdc++.so.6")  # torch has loaded it
+    library.__cxa_demangle.restype = ctypes.c_char_p  # never freed: a few kilobytes
+    demangled: bytes | None = library.__cxa_demangle(symbol.encode(), None, None, None)
+    text = demangled.decode() if demangled else symbol
+    text = re.sub(r"\b(?:\w+::)+", "", text.replace("(anonymous namespace)::", "").removeprefix("void "))
+    found = re.match(r"(\w+)(?:<(.*?)>)?(?:\(|$)", text.replace(" >", ">"))
+    assert found, symbol
+    return found[1], found[2].split(", ") if found[2] else []
 
 
 def dense_dtype(record: Record) -> str | None:
-    """Of a row kernel for logits that lie side by side as they are."""
+    """The dtype of a row kernel for contiguous logits without a softcap."""
     side = re.fullmatch(r"DenseSide<(\w+)>", record["arguments"][0]) if record["arguments"] else None
     return DTYPES.get(side[1]) if side and record["kernel"] in ROW_KERNELS else None
 
 
+# Accesses of 16 bytes by opcode: of global memory, asynchronous copies from there, and of shared memory.
+WIDE = {"LDG": "loads_16", "LDGSTS": "copies_16", "STG": "stores_16", "LDS": "shared_loads_16"}
+COUNTED = (*WIDE.values(), "spills", "exponentials")
+
+
 def kind(opcode: str) -> str:
-    """Of the instructions that are counted."""
+    """Which of COUNTED an instruction is, or ""."""
     name, *modifiers = opcode.split(".")
-    wide = {"LDG": "loads_16", "LDGSTS": "copies_16", "STG": "stores_16", "LDS": "shared_loads_16"}
-    if "128" in modifiers and name in wide:
-        return wide[name]
     if name == "MUFU" and "EX2" in modifiers:
         return "exponentials"
-    return "spills" if name in ("LDL", "STL") else ""
-
-
-COUNTED = ("loads_16", "copies_16", "stores_16", "shared_loads_16", "spills", "exponentials")
+    return WIDE.get(name, "") if "128" in modifiers else "spills" if name in ("LDL", "STL") else ""
 
 
 def describe(record: Record, code: list[Instruction]) -> Record:
-    """What is counted in the code of a kernel."""
-    counts = Counter(kind(instruction.opcode) for instruction in code)
-    dtype = dense_dtype(record)
-    return {
-        "instructions": len(code),
-        **{name: counts[name] for name in COUNTED},
-        **({"loops": hot_loops(code, dtype)} if dtype else {}),
-    }
+    counts, dtype = Counter(kind(c.opcode) for c in code), dense_dtype(record)
+    return {name: counts[name] for name in COUNTED} | ({"loops": hot_loops(code, dtype)} if dtype else {})
 
 
 def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
-    """The innermost loops that read a group of both sides in steps of 16 bytes and compute with it, in the order of
-    addresses."""
+    """The innermost loops that read a group of both sides in 16-byte steps and compute with it, by address."""
     group = 4 if dtype == "float64" else 8  # pairs; groups.h's kGroup
     index = {instruction.address: i for i, instruction in enumerate(code)}
     spans = {(index[c.target], i) for i, c in enumerate(code) if c.target in index and c.target < c.address}
@@ -214,227 +163,94 @@ def hot_loops(code: list[Instruction], dtype: str) -> list[Record]:
         # Code that was moved out of a loop and branches back into it spans others.
         if any(begin <= other_end and other_begin <= end for other_begin, other_end, _ in found):
             continue
-        counts = Counter(kind(instruction.opcode) for instruction in code[begin : end + 1])
-        # Without exponentials, which double has none of, a row is only brought to shared memory.
-        if pairs_of(counts, dtype) >= group and (dtype == "float64" or counts["exponentials"]):
+        counts = Counter(kind(c.opcode) for c in code[begin : end + 1])
+        pairs = 16 * (counts["shared_loads_16"] or counts["loads_16"]) // (2 * SCALAR_BYTES[dtype])
+        # A loop without exponentials only copies a row to shared memory; double has none at all.
+        if pairs >= group and (dtype == "float64" or counts["exponentials"]):
             found.append((begin, end, counts))
-    found.sort(key=lambda f: f[0])
+    found.sort(key=lambda span: span[0])
     loops = []
     for (begin, end, counts), phase in zip(found, phases([counts["stores_16"] for *_, counts in found]), strict=True):
+        loop = code[begin : end + 1]
         reads = "shared_loads_16" if counts["shared_loads_16"] else "loads_16"
         needed = {reads: 2 * group * SCALAR_BYTES[dtype] // 16, "exponentials": 2 * group, "stores_16": 1}
         needed = {name: min(count, counts[name]) for name, count in needed.items()}
-        loop = code[begin : end + 1]
-        # A loop within phase 1 is what a new base repeats; within others it takes half a group at a time.
+        # An inner loop in phase 1 runs for a new base only; in other phases it takes half a group at a time.
         shortest = shortest_way(loop, needed, set() if phase.startswith("1") else loops_within(loop))
-        loops.append({"phase": phase, "instructions": shortest, "pairs": group, "size": len(loop)})
+        loops.append({"phase": phase, "instructions": shortest, "pairs": group})
     return loops
 
 
-def pairs_of(counts: Counter[str], dtype: str) -> int:
-    """How many logits of each side a loop reads: from shared memory where it reads that."""
-    return 16 * (counts["shared_loads_16"] or counts["loads_16"]) // (2 * SCALAR_BYTES[dtype])
-
-
 def loops_within(loop: list[Instruction]) -> set[int]:
-    """The places of the instructions that are in a loop within a loop."""
+    """The indices of the instructions in inner loops."""
     index = {instruction.address: i for i, instruction in enumerate(loop)}
     spans = [range(index[c.target], i + 1) for i, c in enumerate(loop[:-1]) if c.target in index]
     return {i for span in spans for i in span}
 
 
-def shortest_way(loop: list[Instruction], needed: dict[str, int], no_way: set[int]) -> int | None:
-    """The fewest instructions from the first to the last with as many as needed of each kind; None if there is none."""
+def shortest_way(loop: list[Instruction], needed: dict[str, int], barred: set[int]) -> int | None:
+    """The fewest instructions from the first to the last with the needed number of each kind; None if impossible.
+
+    Dijkstra's algorithm over (instruction, kinds still missing).
+    """
     index = {instruction.address: i for i, instruction in enumerate(loop)}
-    kinds = [kind(instruction.opcode) for instruction in loop]
-    ends = {i for i, c in enumerate(loop) if c.opcode.startswith("BRA")} | {len(loop) - 1}
-    ends |= {index[c.target] - 1 for c in loop if c.target in index}
-    last_of = {}  # a block's last instruction, by its first
-    begin = 0
-    for end in sorted(ends - {-1}):
-        last_of[begin] = end
-        begin = end + 1
-    missing = tuple(needed.values())
-    queue: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, missing)]
+    kinds_of = [kind(instruction.opcode) for instruction in loop]
+    queue: list[tuple[int, int, tuple[int, ...]]] = [(1, 0, tuple(needed.values()))]
     seen = set()
     while queue:
-        length, begin, missing = heapq.heappop(queue)
-        if (begin, missing) in seen or begin in no_way:
+        length, i, missing = heapq.heappop(queue)
+        if (i, missing) in seen or i in barred:
             continue
-        seen.add((begin, missing))
-        end = last_of[begin]
-        counts = Counter(kinds[begin : end + 1])
-        missing = tuple(max(m - counts[name], 0) for name, m in zip(needed, missing, strict=True))
-        length += end - begin + 1
-        if end == len(loop) - 1:
+        seen.add((i, missing))
+        c = loop[i]
+        missing = tuple(max(m - (kinds_of[i] == name), 0) for name, m in zip(needed, missing, strict=True))
+        if i == len(loop) - 1:
             if not any(missing):
                 return length
             continue
-        branch = loop[end]
-        follows = [] if branch.opcode == "BRA" and not branch.conditional else [end + 1]
-        if branch.target in index:
-            follows.append(index[branch.target])
-        for follow in follows:
-            heapq.heappush(queue, (length, follow, missing))
+        ways = [] if c.opcode == "BRA" and not c.conditional else [i + 1]
+        ways += [index[c.target]] if c.target in index else []
+        for way in ways:
+            heapq.heappush(queue, (length + 1, way, missing))
     return None
 
 
 def phases(stores: list[int]) -> list[str]:
-    """By what each loop stores. Those that store nothing are phases 1 and 2, or the loss from phase 1 alone before
-    them; what stores the most is phase 3, gradients of both sides."""
+    """By the stores of each loop.
+
+    Loops without any are phases 1 and 2, preceded by the loss from phase 1 alone; the most stores are those of phase 3,
+    the gradients of both sides.
+    """
     most = max(stores, default=0)
     without = ["1", "2"] if stores.count(0) < 3 else ["1 alone", "1", "2"]
     return [("3" if n == most else "2+3") if n else without.pop(0) if without else "2" for n in stores]
 
 
-# ---------------------------------------------------------------- occupancy
-
-
-@dataclass(frozen=True)
-class Device:
-    """What of a device decides how many blocks a multiprocessor takes: CUDA C++ Programming Guide, "Technical
-    Specifications per Compute Capability". Blocks of 128 threads and more never meet the limit on their number."""
-
-    name: str
-    architecture: str
-    multiprocessors: int
-    threads: int  # per multiprocessor, as is all that follows
-    shared: int
-    shared_per_block: int
-    clusters: bool
-
-
-KB = 1024
-DEVICES = (
-    Device("A100", "sm_80", 108, 2048, 164 * KB, 163 * KB, clusters=False),
-    Device("RTX 4090", "sm_89", 128, 1536, 100 * KB, 99 * KB, clusters=False),
-    Device("H200", "sm_90", 132, 2048, 228 * KB, 227 * KB, clusters=True),
-    Device("B200", "sm_100", 148, 2048, 228 * KB, 227 * KB, clusters=True),
-    Device("RTX 5090", "sm_120", 170, 1536, 100 * KB, 99 * KB, clusters=True),
-)
-REGISTERS = 65536  # of a multiprocessor, a quarter of them for each quarter of its warps
-REGISTER_UNIT = 256  # a warp gets whole ones
-SHARED_UNIT = 128
-RESERVED_SHARED = 1024  # of every block, for CUDA itself
-WARP = 32
-
-
-def up_to(multiple: int, n: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def blocks_per_multiprocessor(device: Device, threads: int, registers: int, shared: int) -> int:
-    """As cudaOccupancyMaxActiveBlocksPerMultiprocessor has it; `shared` is static and dynamic together."""
-    warps = -(-threads // WARP)
-    by_registers = 4 * (REGISTERS // 4 // up_to(REGISTER_UNIT, registers * WARP)) // warps
-    by_shared = device.shared // up_to(SHARED_UNIT, shared + RESERVED_SHARED)
-    fits = shared <= device.shared_per_block
-    return min(by_registers, by_shared, device.threads // threads) if fits else 0
-
-
-class Launch(NamedTuple):
-    kernel: str
-    dtype: str
-    vocab: int
-    threads: int
-    cluster: int
-    dynamic_shared: int
-
-
-def emulated_kernels() -> Any:
-    """The library of tests/emulation, in which the launch shapes are those of the very same C++."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    harness = importlib.import_module("emulation.harness")
-    folder = ROOT / "build" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [*harness.KERNELS, harness.HERE / "fibers.cpp", harness.HERE / "bindings.cpp"]
-    return harness.Kernels(harness.build(folder, sources, "kernels.so", ["-O1", "-fPIC", "-shared"]))
-
-
-def launches(kernels: Any, device: Device) -> Iterator[Launch]:
-    """What a device is given for real vocabularies, wherever a kernel is used at all."""
-    import torch
-
-    kernels.set_device(number(device.architecture), device.multiprocessors, device.shared_per_block, device.clusters)
-    rows = 4096  # more than fit at a time, as always
-    for dtype in ("bfloat16", "float32"):
-        for vocab in VOCABULARIES:
-            _, threads, *_ = kernels.row_shape(rows, vocab, getattr(torch, dtype))
-            yield Launch(STREAMED, dtype, vocab, threads, 1, 0)
-            blocks, threads, cluster, shared = kernels.resident_shape(rows, vocab, getattr(torch, dtype))
-            if blocks > 0:
-                yield Launch(RESIDENT, dtype, vocab, threads, cluster, shared)
-
-
-def occupancies(records: list[Record], kernels: Any) -> list[Record]:
-    """Of every device whose architecture the object holds. Registers are those of the divergence that takes the most.
-
-    Whether all blocks of a cluster find room at the same time is not asked."""
+def shown(records: list[Record]) -> list[Record]:
+    """What a result file keeps: registers, spills and instructions per pair of the kernels used most."""
     found = []
-    for device in DEVICES:
-        for launch in launches(kernels, device):
-            those = [
-                record
-                for record in records
-                if (record["architecture"], record["kernel"]) == (device.architecture, launch.kernel)
-                and dense_dtype(record) == launch.dtype
-            ]
-            if not those:
-                continue
-            registers, static = (max(record[what] for record in those) for what in ("registers", "shared"))
-            blocks = blocks_per_multiprocessor(device, launch.threads, registers, static + launch.dynamic_shared)
-            found.append(
-                {
-                    "device": device.name,
-                    "architecture": device.architecture,
-                    **launch._asdict(),
-                    "static_shared": static,
-                    "registers": registers,
-                    "blocks": blocks,
-                    "occupancy": round(blocks * launch.threads / device.threads, 3),
-                }
-            )
-    return found
-
-
-# ---------------------------------------------------------------- the command
-
-
-def report(path: Path, nvcc: str | None, command: str) -> Record:
-    from benchmarks.provenance import provenance
-
-    os.environ.pop("KLDIV_EXT_CUDA_TIER", None)  # it would change the launch shapes
-    records = read(path)
-    return {
-        **provenance(command, "cpu"),
-        "nvcc": nvcc,
-        "architectures": list(dict.fromkeys(record["architecture"] for record in records)),
-        "occupancy": occupancies(records, emulated_kernels()),
-        "kernels": [{name: value for name, value in record.items() if name != "symbol"} for record in records],
-    }
+    for record in records:
+        arguments, dtype, kernel = record["arguments"], dense_dtype(record), SHOWN_KERNELS.get(record["kernel"])
+        if kernel and dtype in ("bfloat16", "float32") and arguments[-1] in SHOWN_DIVERGENCES:
+            names = {"kernel": kernel, "dtype": dtype, "divergence": SHOWN_DIVERGENCES[arguments[-1]]}
+            counts = {name: record[name] for name in ("architecture", "registers", "stack", "spills")}
+            ways = {f"phase {x['phase']}": x["instructions"] / x["pairs"] for x in record["loops"] if x["instructions"]}
+            found.append({**names, **counts, **ways})
+    return sorted(found, key=lambda r: (r["architecture"], r["kernel"] == "resident", r["dtype"], r["divergence"]))
 
 
 def main(argv: list[str]) -> int:
-    import kldiv_ext
-    from benchmarks import report_resources
-    from benchmarks.provenance import dumps
-    from kldiv_ext import _build_info
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("object", type=Path, nargs="?", help=f"default: {OBJECT} of the package")
-    parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
     path = args.object or Path(kldiv_ext.__file__).parent / OBJECT
     if not path.exists():
         parser.error(f"{path} does not exist: build with a CUDA toolkit")
-    nvcc = None if args.object else _build_info.cuda_version
-    run = report(path, nvcc, " ".join(["python -m benchmarks.resources", *argv]))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(dumps(run, "kernels"))
-    for architecture in run["architectures"]:
-        print(f"{architecture}:\n\n{report_resources.table(run, architecture)}\n")
-    print(report_resources.summary(run))
+    head = provenance(" ".join(["python -m benchmarks.resources", *argv]), "cpu")
+    report = {**head, "nvcc": None if args.object else _build_info.cuda_version, "kernels": shown(read(path))}
+    save(report, args.json)
+    print(TABLES["resources"].make(loads(dumps(report))))
     return 0
 
 

@@ -1,39 +1,38 @@
-"""Every list of what is measured: problems, how a loss is differentiated, and by whom."""
+"""What `python -m benchmarks` measures: the problems, the modes of differentiation and the contenders of each."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 import kldiv_ext
-from benchmarks.contenders import CONTENDERS, LOG_TARGETS, SLOW_TO_BUILD, Problem
-from benchmarks.modes import FEW_MODES, MODES
+from benchmarks.contenders import CONTENDERS, FROM_LOGITS, LOG_TARGETS, SLOW_TO_BUILD, Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("distillation_loss", "kl_div")
-SMALL_SHAPES = ((8, 32000), (256, 1024), (8, 16))
-SHAPES = {
-    "cpu": ((512, 32000), (128, 128256), *SMALL_SHAPES),
-    "cuda": ((4096, 32000), (4096, 128256), (64, 128256), *SMALL_SHAPES),
-}
-QUICK_SHAPE = (8, 1000)
+# Half: of half the loss, so that the incoming gradient is not 1. Teacher: the teacher's gradient as well.
+# To add a mode, name it here with its minimum traffic; __main__.measure makes its step.
+MODES = ("forward", "forward_backward", "forward_backward_half", "forward_backward_teacher")
+FEW_MODES = MODES[:2]
+# The fewest logits that move per pair. Inputs are read and gradients written; kl_div's backward, a call of its own,
+# rereads the target, and for the target's gradient both inputs.
+MINIMUM_TRAFFIC = dict(zip(product(OPS, MODES), (2, 3, 3, 4, 2, 4, 4, 6), strict=True))
 
 Shape = tuple[int, int]
-
-
-def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated selection of the known names."""
-
-    def parse(text: str) -> list[str]:
-        chosen = text.split(",")
-        for name in chosen:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return chosen
-
-    return parse
+Names = tuple[str, ...]
+QUICK_SHAPE: Shape = (8, 1000)
+DEFAULT_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((512, 32000), (128, 128256), (8, 32000), (256, 1024), (8, 16)),
+    "cuda": ((4096, 32000), (4096, 128256), (64, 128256), (8, 32000), (256, 1024), (8, 16)),
+}
+LARGE: tuple[Shape, ...] = ((4096, 128256), (4096, 32000), (8192, 151936), (2048, 262144))
+FEW_LOGITS: tuple[Shape, ...] = ((8, 32000), (256, 1024), (65536, 64))
+TINY: tuple[Shape, ...] = ((8, 16),)  # the overhead of a call
+RIVALS = ("eager", "eager_float", "liger")
+MAIN = ("forward_kl", "jsd")  # the most used divergence, and one with a mixture
+OTHERS = tuple(divergence for divergence in kldiv_ext.DIVERGENCES if divergence not in MAIN)
 
 
 def shapes(text: str) -> list[Shape]:
@@ -46,129 +45,73 @@ def shapes(text: str) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Task:
-    """A problem, and who runs it in which modes. `kldiv_ext` always does."""
+    """A problem, its modes and its contenders, kldiv_ext among them."""
 
     problem: Problem
-    modes: tuple[str, ...]
-    contenders: tuple[str, ...]
+    modes: Names
+    contenders: Names
+
+    def without_slow(self) -> "tuple[Task, Names]":
+        """The task without the contenders that are slow to build, and their names."""
+        slow = tuple(name for name in self.contenders if name in SLOW_TO_BUILD)
+        return replace(self, contenders=tuple(name for name in self.contenders if name not in slow)), slow
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the command line asks for; None is whatever the suite has."""
-
-    device: str
-    op: Sequence[str] | None = None
-    divergence: Sequence[str] | None = None
-    shapes: Sequence[Shape] | None = None
-    dtype: Sequence[str] | None = None
-    mode: Sequence[str] | None = None
-    contenders: Sequence[str] | None = None
-    quick: bool = False
-
-    def narrow(self, task: Task) -> Task | None:
-        """What of the task is asked for."""
-        problem = task.problem
-        asked = (
-            (self.op, problem.op),
-            (self.shapes, (problem.rows, problem.vocab)),
-            (self.dtype, str(problem.dtype).removeprefix("torch.")),
-            (None if problem.op == "kl_div" else self.divergence, problem.divergence),
-        )
-        if any(wanted is not None and value not in wanted for wanted, value in asked):
-            return None
-        modes = tuple(mode for mode in task.modes if self.mode is None or mode in self.mode)
-        names = (self.contenders or task.contenders, task.contenders)
-        contenders = tuple(name for name in CONTENDERS if name == "kldiv_ext" or all(name in some for some in names))
-        return Task(problem, modes, contenders) if modes else None
+# Variants, shapes, dtype, modes, contenders beside kldiv_ext.
+Row = tuple[Names, tuple[Shape, ...], str, Names, Names]
 
 
-def default_suite(choice: Choice) -> Iterator[Task]:
-    """All divergences for the first shape and dtype, forward_kl for the others; everybody in everything."""
-    shapes = choice.shapes or ([QUICK_SHAPE] if choice.quick else SHAPES[choice.device])
-    dtypes = choice.dtype or ("bfloat16", "float32")
-    names = tuple(choice.contenders or (name for name in CONTENDERS if not choice.quick or name not in SLOW_TO_BUILD))
-    for op in choice.op or OPS:
-        for (i, (rows, vocab)), (j, dtype) in product(enumerate(shapes), enumerate(dtypes)):
-            variants: Sequence[str]
-            if op == "kl_div":
-                variants = LOG_TARGETS
-            else:
-                variants = choice.divergence or (kldiv_ext.DIVERGENCES if i == j == 0 else ("forward_kl",))
-            for variant in variants:
-                problem = Problem(op, variant, rows, vocab, DTYPES[dtype], choice.device)
-                yield Task(problem, tuple(choice.mode or FEW_MODES), names)
+def default_suite(args: argparse.Namespace) -> Iterator[Row]:
+    """All divergences for the first shape and dtype, forward_kl for the others; all contenders."""
+    shapes = args.shapes or ([QUICK_SHAPE] if args.quick else DEFAULT_SHAPES[args.device])
+    modes = tuple(args.mode or FEW_MODES)
+    for variants, (i, shape), (j, dtype) in product(
+        (kldiv_ext.DIVERGENCES, LOG_TARGETS), enumerate(shapes), enumerate(args.dtype or ("bfloat16", "float32"))
+    ):
+        every = variants == LOG_TARGETS or args.divergence or i == j == 0
+        yield variants if every else MAIN[:1], (shape,), dtype, modes, FROM_LOGITS
 
 
-# ---------------------------------------------------------------- on a GPU, in minutes
+def gpu_suite(_: argparse.Namespace) -> Iterator[Row]:
+    """All divergences, dtypes and shapes, the most telling first; slow builds in bf16 alone, once per problem."""
+    slow, compiled = RIVALS + SLOW_TO_BUILD, (*RIVALS, "compile")
+    both = MODES[3:]
+    yield MAIN, LARGE[:1], "bfloat16", MODES[:3], slow
+    yield MAIN, LARGE[:1], "bfloat16", both, RIVALS
+    yield OTHERS, LARGE[:1], "bfloat16", MODES, RIVALS
+    yield LOG_TARGETS, LARGE[:1], "bfloat16", FEW_MODES, compiled
+    for shapes, rivals in ((LARGE[1:], slow), (FEW_LOGITS, compiled)):
+        yield MAIN[:1], shapes, "bfloat16", MODES[:3], rivals
+        yield MAIN[1:], shapes, "bfloat16", MODES[:3], RIVALS
+        yield MAIN, shapes, "bfloat16", both, RIVALS
+    yield LOG_TARGETS, LARGE[1:] + FEW_LOGITS + TINY, "bfloat16", FEW_MODES, RIVALS
+    for dtype in ("float32", "float16"):
+        yield MAIN, LARGE + FEW_LOGITS, dtype, FEW_MODES, RIVALS
+        yield MAIN, LARGE + FEW_LOGITS, dtype, MODES[2:], ()
+        yield LOG_TARGETS, LARGE + FEW_LOGITS + TINY, dtype, FEW_MODES, RIVALS
+    yield OTHERS, LARGE[1:] + FEW_LOGITS, "bfloat16", FEW_MODES + both, ()
+    for dtype in ("float16", "float32"):
+        yield OTHERS, LARGE + FEW_LOGITS, dtype, FEW_MODES + both, ()
 
-LARGE: tuple[Shape, ...] = ((4096, 128256), (4096, 32000), (8192, 151936), (2048, 262144))
-SMALL: tuple[Shape, ...] = ((8, 32000), (256, 1024), (65536, 64))
-TINY: Shape = (8, 16)  # what a call costs by itself
-RIVALS = ("eager", "eager_float", "liger")
-MAIN = ("forward_kl", "jsd")  # the one in use everywhere, and one with a mixture
+
+SUITES = {"default": default_suite, "gpu": gpu_suite}
 
 
-def gpu_suite(choice: Choice) -> Iterator[Task]:
-    """All divergences, dtypes and shapes, with rivals where it tells most. The most telling first: time may run out.
-
-    Rivals that first spend seconds on a problem (SLOW_TO_BUILD) run bf16 alone: forward_kl on all shapes, and jsd on
-    the first.
-    """
-
-    def task(op: str, variant: str, shape: Shape, dtype: str, modes: tuple[str, ...], rivals: tuple[str, ...]) -> Task:
-        return Task(Problem(op, variant, *shape, DTYPES[dtype], choice.device), modes, ("kldiv_ext", *rivals))
-
-    def main(shapes: Sequence[Shape], dtype: str) -> Iterator[Task]:
-        for shape, divergence in product(shapes, MAIN):
-            if dtype != "bfloat16":
-                yield task("distillation_loss", divergence, shape, dtype, FEW_MODES, RIVALS)
-                yield task("distillation_loss", divergence, shape, dtype, MODES[2:], ())
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """What the command line asks for, in order."""
+    chosen: dict[tuple[Problem, Names], Task] = {}
+    for variants, shapes, dtype, modes, contenders in SUITES[args.suite](args):
+        for shape, variant in product(shapes, variants):
+            op = "kl_div" if variant in LOG_TARGETS else "distillation_loss"
+            divergence = variant if op == "distillation_loss" else None
+            asked = ((args.op, op), (args.shapes, shape), (args.dtype, dtype), (args.divergence, divergence))
+            kept = tuple(mode for mode in modes if args.mode is None or mode in args.mode)
+            if not kept or any(value is not None and names and value not in names for names, value in asked):
                 continue
-            slow = shape == LARGE[0] or divergence == "forward_kl"
-            slow_rivals = () if not slow else SLOW_TO_BUILD if shape in LARGE else ("compile",)
-            yield task("distillation_loss", divergence, shape, dtype, MODES[:3], RIVALS + slow_rivals)
-            yield task("distillation_loss", divergence, shape, dtype, MODES[3:], RIVALS)  # compile would begin anew
-
-    def drop_in(shapes: Sequence[Shape], dtype: str) -> Iterator[Task]:
-        for shape, log_target in product(shapes, LOG_TARGETS):
-            slow_rivals = ("compile",) if dtype == "bfloat16" and shape == LARGE[0] else ()
-            yield task("kl_div", log_target, shape, dtype, FEW_MODES, RIVALS + slow_rivals)
-
-    others = tuple(divergence for divergence in kldiv_ext.DIVERGENCES if divergence not in MAIN)
-    yield from main(LARGE[:1], "bfloat16")
-    for divergence in others:
-        yield task("distillation_loss", divergence, LARGE[0], "bfloat16", MODES, RIVALS)
-    yield from drop_in(LARGE[:1], "bfloat16")
-    yield from main(LARGE[1:], "bfloat16")
-    yield from main(SMALL, "bfloat16")
-    yield from main(LARGE + SMALL, "float32")
-    yield from drop_in((*LARGE[1:], *SMALL, TINY), "bfloat16")
-    yield from drop_in((*LARGE, *SMALL, TINY), "float32")
-    yield from main(LARGE + SMALL, "float16")
-    yield from drop_in((*LARGE, *SMALL, TINY), "float16")
-    modes = tuple(mode for mode in MODES if mode != "forward_backward_half")
-    for dtype, shape, divergence in product(DTYPES, LARGE + SMALL, others):
-        if (dtype, shape) != ("bfloat16", LARGE[0]):
-            yield task("distillation_loss", divergence, shape, dtype, modes, ())
-
-
-def quick(tasks: Iterator[Task]) -> Iterator[Task]:
-    """Every task once on a tiny shape, without those that are slow to build."""
-    seen = set()
-    for task in tasks:
-        problem = replace(task.problem, rows=QUICK_SHAPE[0], vocab=QUICK_SHAPE[1])
-        if (problem, task.modes) not in seen:
-            seen.add((problem, task.modes))
-            yield Task(problem, task.modes, tuple(name for name in task.contenders if name not in SLOW_TO_BUILD))
-
-
-def tasks(suite: str, choice: Choice) -> list[Task]:
-    """What is to be measured, in order."""
-    if suite == "default":
-        return [narrow for task in default_suite(choice) if (narrow := choice.narrow(task))]
-    chosen = [narrow for task in gpu_suite(choice) if (narrow := choice.narrow(task))]
-    return list(quick(iter(chosen))) if choice.quick else chosen
-
-
-SUITES = ("default", "gpu")
+            names = [name for name in contenders if args.contenders is None or name in args.contenders]
+            problem = Problem(
+                op, variant, *(QUICK_SHAPE if args.quick and args.suite == "gpu" else shape), DTYPES[dtype], args.device
+            )
+            task = Task(problem, kept, tuple(name for name in CONTENDERS if name in ("kldiv_ext", *names)))
+            chosen.setdefault((problem, kept), task.without_slow()[0] if args.quick else task)
+    return list(chosen.values())

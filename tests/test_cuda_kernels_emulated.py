@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import occupancy
 import pytest
 import torch
 from emulation import harness
@@ -641,17 +642,17 @@ def test_shapes_of_streamed_rows(kernels: harness.Kernels) -> None:
     assert [kernels.row_shape(8, v, torch.bfloat16, sums=False)[3] for v in (1024, 32_000, 10**7)] == [1, 16, 128]
 
 
-@pytest.mark.parametrize("device", resources.DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("device", occupancy.DEVICES, ids=lambda device: device.name)
 def test_launches_fit_their_devices(
-    kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch, device: resources.Device
+    kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch, device: occupancy.Device
 ) -> None:
     """With the registers that launch bounds leave, and the shared memory that is reserved for what is not logits."""
     monkeypatch.delenv("KLDIV_EXT_CUDA_TIER")
-    launches = list(resources.launches(kernels, device))
+    launches = list(occupancy.launches(kernels, device))
     assert {launch.kernel for launch in launches} == {resources.STREAMED, resources.RESIDENT}
     for launch in launches:
         shared = launch.dynamic_shared + (0 if launch.kernel == resources.RESIDENT else 4 * 1024)
-        blocks = resources.blocks_per_multiprocessor(device, launch.threads, 128, shared)
+        blocks = occupancy.blocks_per_multiprocessor(device, launch.threads, 128, shared)
         assert blocks >= 1, launch
         if (device.name, launch.dtype) == ("H200", "bfloat16"):
             assert blocks == {160: 3, 256: 2, 512: 1}[launch.threads], launch

@@ -1,4 +1,4 @@
-"""The demo (benchmarks/demo.py) runs end to end in its smoke-test size."""
+"""The demo (examples/demo.py) runs end to end in its smoke-test size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_quick_demo_writes_plot_and_curves_agree(tmp_path: Path) -> None:
     plot = tmp_path / "demo.png"
-    command = [sys.executable, "-m", "benchmarks.demo", "--quick", "--output", str(plot)]
+    command = [sys.executable, "-m", "examples.demo", "--quick", "--output", str(plot)]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert re.findall(r"^([1-5])/5 ", done.stdout, re.MULTILINE) == list("12345")
+    assert len(re.findall(r"^  done in \d+ s$", done.stdout, re.MULTILINE)) == 5, done.stdout
     found = re.search(r"largest difference of the loss curves: (\S+) nats", done.stdout)
     assert found is not None, done.stdout
     assert 0 <= float(found.group(1)) < 0.1

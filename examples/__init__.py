@@ -1,0 +1,1 @@
+"""Programs that use kldiv_ext: `python -m examples.demo`."""
