@@ -1,20 +1,22 @@
-"""What CMakeLists.txt builds for the tests, in build/."""
+"""The targets of CMakeLists.txt that tests need, built in build/."""
 
-from __future__ import annotations
-
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """What a program prints; it must succeed."""
+    """The output of a program, which must succeed."""
     result = subprocess.run(
         [str(c) for c in command],
         cwd=ROOT,
@@ -32,15 +34,29 @@ def tool(name: str) -> str | None:
 
 
 def build(name: str, target: str, *options: str) -> Path:
-    """The folder where that target is, up to date; CMake knows what has changed."""
+    """The folder of a target, up to date. Test processes that need the same folder take turns."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("needs the source tree")
     if cmake is None:
         pytest.skip("needs cmake")
     folder = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}{'-ninja' if ninja else ''}"
+    folder.mkdir(parents=True, exist_ok=True)
+    options += (f"-DPython_EXECUTABLE={sys.executable}",)
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    # A sanitizer that this Python was started with is not for compilers.
-    run(cmake, "-S", ".", "-B", folder, *generator, *options, LD_PRELOAD="")
-    run(cmake, "--build", folder, "--target", target, "--parallel", str(os.cpu_count()), LD_PRELOAD="")
+    with FileLock(f"{folder}.lock"):
+        # LD_PRELOAD: compilers do without the sanitizer that this Python may run under.
+        run(cmake, "-S", ".", "-B", folder, *generator, *options, LD_PRELOAD="")
+        run(cmake, "--build", folder, "--target", target, "--parallel", str(os.cpu_count()), LD_PRELOAD="")
     return folder
+
+
+def load_module(name: str, target: str, *options: str, module: str = "") -> ModuleType:
+    """The Python module that a target of CMakeLists.txt builds, which may have another name."""
+    pytest.importorskip("pybind11")
+    folder, module = build(name, target, "-DKLDIV_WHITEBOX=ON", *options), module or target
+    spec = importlib.util.spec_from_file_location(module, folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

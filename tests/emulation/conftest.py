@@ -1,0 +1,36 @@
+"""The emulated kernels as fixtures: on one device, or on several in turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from emulation import harness
+from emulation.cases import A100, H200
+from emulation.harness import Device, Kernels
+
+
+@pytest.fixture(scope="session")
+def library() -> Kernels:
+    return harness.load()
+
+
+@pytest.fixture
+def kernels(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Rows are streamed, until keep_rows()."""
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "")  # restored after the test
+    library.stream_rows()
+    library.set_order("ascending")
+    return library
+
+
+@pytest.fixture(params=["streamed", "resident"])
+def both_tiers(kernels: Kernels, request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "resident":
+        kernels.keep_rows(H200, multiprocessors=1)
+    return kernels
+
+
+@pytest.fixture(params=[H200._replace(multiprocessors=1), A100._replace(multiprocessors=2)], ids=["sm_90", "sm_80"])
+def small_device(request: pytest.FixtureRequest) -> Device:
+    """With clusters and without, both too small for five rows at a time."""
+    return request.param

@@ -1,0 +1,218 @@
+"""csrc/cuda/rows.h: losses and gradients of rows, whatever the options and whatever is in the rows."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from emulation.cases import (
+    COLUMNS,
+    DIVERGENCES,
+    EVERY_DIVERGENCE,
+    EVERY_DTYPE,
+    ORDERS,
+    assert_close,
+    assert_gradient,
+    assert_losses,
+    assert_same,
+    assert_same_gradients,
+    logits,
+    oracle,
+)
+from emulation.harness import BOTH, NEITHER, STUDENT, TEACHER, Kernels, accumulation_dtype
+
+
+@EVERY_DTYPE
+@EVERY_DIVERGENCE
+def test_loss_and_gradients(kernels: Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
+    """A gradient has the same bits in the forward and later, with the other gradient and without."""
+    for i, columns in enumerate(COLUMNS):
+        kernels.set_order(*ORDERS[i % len(ORDERS)])
+        student, teacher = logits(2, columns, dtype)
+        options = {"divergence": divergence, "parameter": parameter, "temperature": 1.5, "scale": 0.7}
+        expected = oracle(student, teacher, **options)
+        forward = kernels.distillation(student, teacher, **options)
+        both = kernels.distillation(student, teacher, gradients=BOTH, **options)
+        for outputs in (forward, both):
+            assert_close(outputs, expected)
+        unaligned = kernels.distillation(student, teacher, gradients=STUDENT, reduce=True, offset=1, **options)
+        assert_same(unaligned, forward, "row_loss")
+        assert_same(unaligned, both, "grad_student")
+        total = forward["row_loss"].double().sum()
+        torch.testing.assert_close(unaligned["loss"], total.to(unaligned["loss"].dtype))
+
+        one = torch.ones_like(unaligned["loss"])
+        for gradients in (STUDENT, TEACHER, BOTH):
+            early = kernels.distillation(student, teacher, gradients=gradients, **options)
+            constants = kernels.distillation(student, teacher, needs_grad=gradients, **options)["row_constants"]
+            later = {"row_constants": constants, "grad_output": one, "gradients": gradients}
+            assert_same_gradients(early, both)
+            assert_same_gradients(kernels.distillation(student, teacher, **later, **options), both)
+        per_row = torch.tensor([-2.0, 0.5], dtype=one.dtype)
+        later = {"row_constants": forward["row_constants"], "grad_output": per_row, "gradients": TEACHER}
+        alone = kernels.distillation(student, teacher, **later, **options)
+        assert_gradient(alone["grad_teacher"], per_row.double()[:, None] * expected["grad_teacher"])
+        no_gradient = kernels.distillation(student, teacher, needs_grad=NEITHER, **options)
+        assert_losses(no_gradient["row_loss"], forward["row_loss"])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hard labels": {"hard_scale": 0.7},
+    "hard labels, temperature": {"hard_scale": 0.7, "temperature": 2.5, "scale": 0.3},
+    "hard labels alone": {"hard_scale": 1.3, "scale": 0.0},
+    "common scale": {"logit_scale": (0.4, 0.4), "temperature": 0.7, "hard_scale": 0.5},
+    "two scales": {"logit_scale": (0.4, 1.7), "temperature": 0.7, "hard_scale": 0.5},
+    "softcap": {"logit_softcap": (2.0, 2.0), "temperature": 1.5, "hard_scale": 0.5},
+    "softcap of one side": {"logit_softcap": (0.0, 1.5), "logit_scale": (1.0, 0.5)},
+    "padding": {"valid_vocab": 25, "hard_scale": 0.5},
+}
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(kernels: Kernels, option: str, dtype: torch.dtype) -> None:
+    """Gradients in one pass, in a pass of their own, in a later call, and over the logits."""
+    kernels.set_order("random", 3)
+    for columns, (divergence, parameter) in itertools.product((33, 300), (("forward_kl", 0.0), ("jsd", 0.3))):
+        student, teacher = logits(3, columns, dtype)
+        student[:, OPTIONS[option].get("valid_vocab", columns) :] = torch.nan  # padding is not read
+        labels = torch.tensor([0, 24, 11])
+        options = {"divergence": divergence, "parameter": parameter, "labels": labels, **OPTIONS[option]}
+        both = kernels.distillation(student, teacher, gradients=BOTH, **options)
+        assert_close(both, oracle(student, teacher, **options))
+        one_pass = kernels.distillation(student, teacher, gradients=STUDENT, offset=1, **options)
+        assert_same_gradients(one_pass, both)
+        one = torch.ones([], dtype=accumulation_dtype(student))
+        later = {"gradients": BOTH, "row_constants": both["row_constants"], "grad_output": one, **options}
+        assert_same_gradients(kernels.distillation(student, teacher, **later), both)
+        for layout in (torch.clone, lambda x: x.T.contiguous().T):
+            over = kernels.distillation(layout(student), teacher, in_place=True, **later)
+            assert torch.equal(over["grad_student"], both["grad_student"])
+            assert torch.equal(over["grad_teacher"], both["grad_teacher"])
+
+
+def test_labels_out_of_range(kernels: Kernels) -> None:
+    """NaN, in that row alone."""
+    student, teacher = logits(4, 20, torch.float32)
+    for label in (-1, 20, 2**32, 2**40, -(2**40)):
+        labels = torch.tensor([3, label, 0, 19])
+        result = kernels.distillation(student, teacher, gradients=STUDENT, hard_scale=0.5, labels=labels)
+        for name in ("row_loss", "grad_student"):
+            rows = result[name].reshape(4, -1).isnan()
+            assert rows[1].all() and not rows[[0, 2, 3]].any(), name
+
+
+@EVERY_DTYPE
+def test_rows_that_do_not_count_are_not_read(kernels: Kernels, dtype: torch.dtype) -> None:
+    student, teacher = logits(6, 77, dtype)
+    row_scale = torch.tensor([1, 0, 2, 0, 0, 0.5], dtype=accumulation_dtype(student))
+    counts, skipped = row_scale != 0, row_scale == 0
+    student[skipped], teacher[skipped] = torch.nan, torch.inf
+    plain = kernels.distillation(student, teacher, gradients=BOTH)
+    out = kernels.distillation(student, teacher, row_scale=row_scale, gradients=BOTH, reduce=True)
+    later = {"row_constants": out["row_constants"], "grad_output": row_scale.new_tensor(2.0), "gradients": BOTH}
+    backward = kernels.distillation(student, teacher, row_scale=row_scale, **later)
+    for result in (out, backward):
+        assert (result["grad_student"][skipped] == 0).all() and (result["grad_teacher"][skipped] == 0).all()
+    assert (out["row_loss"][skipped] == 0).all()
+    assert torch.equal(out["row_loss"][counts], (plain["row_loss"] * row_scale)[counts])
+    assert torch.isfinite(out["loss"])
+    expected = oracle(student[counts], teacher[counts], row_scale=row_scale[counts])
+    assert_gradient(out["grad_student"][counts], expected["grad_student"])
+    assert_gradient(backward["grad_student"][counts], 2 * expected["grad_student"])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_infinite_factors_without_labels(kernels: Kernels, bad: float) -> None:
+    """0 times infinity is not a weight of the cross entropy: there are no labels to read."""
+    student, teacher = logits(2, 77, torch.float32)
+    factors = torch.tensor([bad, 1.0])
+    options: dict[str, Any] = {"divergence": "jsd", "parameter": 0.1, "gradients": STUDENT}
+    forward = kernels.distillation(student, teacher, row_scale=factors, **options)
+    plain = kernels.distillation(student, teacher, **options)
+    later = {"row_constants": plain["row_constants"], "grad_output": factors}
+    backward = kernels.distillation(student, teacher, **later, **options)
+    assert not forward["row_loss"][0].isfinite() and forward["row_loss"][1] == plain["row_loss"][1]
+    for result in (forward, backward):
+        assert not result["grad_student"][0].isfinite().any()
+        assert torch.equal(result["grad_student"][1], plain["grad_student"][1])
+
+
+@EVERY_DTYPE
+def test_every_temperature_ends(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Python refuses a negative temperature; a kernel that gets one must not loop for ever."""
+    student, teacher = logits(2, 300, dtype)
+    for temperature in (-1.0, torch.nan, torch.inf, 1e-38):
+        kernels.distillation(100 * student, 100 * teacher, "jsd", 0.5, gradients=STUDENT, temperature=temperature)
+
+
+def test_infinities_and_nan(kernels: Kernels) -> None:
+    inf = torch.inf
+    student, teacher = logits(8, 40, torch.float32)
+    student[1, 3] = torch.nan
+    teacher[2, 5] = inf
+    student[3] = -inf
+    student[4, 7] = teacher[4, 7] = -inf  # p = q = 0
+    student[5, 0] = -inf  # q = 0 < p
+    teacher[6, 39] = -inf  # p = 0 < q
+    clean = [0, 4, 7]
+    for divergence, parameter in DIVERGENCES:
+        out = kernels.distillation(student, teacher, divergence, parameter, gradients=BOTH)
+        expected = oracle(student[clean], teacher[clean], divergence, parameter)
+        assert_close(out, {name: tensor.nan_to_num(0) for name, tensor in expected.items()}, clean)
+        assert (out["grad_student"][4, 7], out["grad_teacher"][4, 7]) == (0, 0)
+        assert out["row_loss"][1:4].isnan().all()
+        assert out["grad_student"][1:4].isnan().all() and out["grad_teacher"][1:4].isnan().all()
+    q_zero, p_zero = (out := kernels.distillation(student, teacher, gradients=STUDENT))["row_loss"][5:7]
+    assert q_zero == inf and p_zero < inf
+    q_minus_p = student[5].double().softmax(-1) - teacher[5].double().softmax(-1)
+    assert_gradient(out["grad_student"][5:6], q_minus_p[None])
+    q_zero, p_zero = (out := kernels.distillation(student, teacher, "reverse_kl", gradients=STUDENT))["row_loss"][5:7]
+    assert q_zero < inf and p_zero == inf and out["grad_student"][6].isnan().all()
+
+
+@EVERY_DTYPE
+def test_several_blocks_for_a_row(kernels: Kernels, dtype: torch.dtype) -> None:
+    """In a later backward over few rows, where nothing is summed; to the bits of one block."""
+    rows, columns, valid = 3, 5011, 5000
+    assert kernels.row_shape(rows, valid, dtype, sums=False)[3] > 1
+    student, teacher = logits(rows, columns, dtype)
+    row_scale = torch.tensor([1.0, 0.0, 2.0], dtype=accumulation_dtype(student))
+    options: dict[str, Any] = {
+        "divergence": "jsd",
+        "parameter": 0.3,
+        "hard_scale": 0.4,
+        "labels": torch.tensor([0, 1, valid - 1]),
+        "row_scale": row_scale,
+        "valid_vocab": valid,
+    }
+    early = kernels.distillation(student, teacher, gradients=BOTH, **options)
+    options |= {"row_constants": early["row_constants"], "grad_output": torch.ones_like(row_scale[0])}
+    for order in ORDERS:
+        kernels.set_order(*order)
+        later = kernels.distillation(student, teacher, gradients=BOTH, **options)
+        assert_same_gradients(later, early)
+    expected = oracle(student[:, :valid], teacher[:, :valid], "jsd", 0.3, row_scale=row_scale)
+    assert_gradient(later["grad_teacher"][:, :valid], expected["grad_teacher"])
+
+
+def test_more_rows_than_blocks(kernels: Kernels) -> None:
+    """Almost none of them count, or it would take minutes."""
+    rows = 65_536 + 10
+    student, teacher = logits(rows, 2, torch.float32)
+    row_scale = torch.zeros(rows)
+    counting = torch.tensor([0, 9, 65_535, 65_536, rows - 1])
+    row_scale[counting] = 1
+    out = kernels.distillation(student, teacher, row_scale=row_scale, gradients=STUDENT, reduce=True)
+    alone = kernels.distillation(student[counting], teacher[counting], gradients=STUDENT)
+    assert torch.equal(out["row_loss"][counting], alone["row_loss"])
+    assert torch.equal(out["grad_student"][counting], alone["grad_student"])
+    assert torch.count_nonzero(out["grad_student"]) == torch.count_nonzero(alone["grad_student"])
+    assert_losses(out["loss"], alone["row_loss"].double().sum(), rtol=1e-7, atol=0)
+
+
+def test_no_rows(kernels: Kernels) -> None:
+    assert kernels.distillation(torch.empty(0, 4), torch.empty(0, 4), reduce=True)["loss"] == 0
