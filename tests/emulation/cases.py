@@ -1,13 +1,16 @@
 """Inputs, the oracle and comparisons for the emulated kernels."""
 
-from __future__ import annotations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulation.harness import DTYPES, Device, Guarded, accumulation_dtype
+from emulation.harness import BOTH, NEITHER, STUDENT, TEACHER, Device, Guarded, Kernels, accumulation_dtype
 from kldiv_ext import reference
+
+Options = dict[str, Any]  # of Kernels.distillation
+Outputs = dict[str, Tensor]
 
 KB = 1024
 A100 = Device(80, 108, 163 * KB)
@@ -16,27 +19,37 @@ H200 = Device(90, 132, 227 * KB, clusters=True)
 B200 = Device(100, 148, 227 * KB, clusters=True)
 RTX_5090 = Device(120, 170, 99 * KB, clusters=True)
 
-# (name, parameter); the last two become another divergence.
-DIVERGENCES = [
-    ("forward_kl", 0.0),
-    ("reverse_kl", 0.0),
-    ("jeffreys", 0.0),
-    ("jsd", 0.3),
-    ("skew_forward_kl", 0.1),
-    ("skew_reverse_kl", 0.2),
-    ("total_variation", 0.0),
-    ("alpha", 0.4),
-    ("skew_forward_kl", 1.0),
-    ("jsd", 1.0),
-]
-HALF = [torch.float16, torch.bfloat16]
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, *HALF)
 # Around a group of eight, a warp's worth of groups and the limits of the launch rules.
 COLUMNS = (1, 2, 7, 8, 9, 31, 33, 257, 1000, 4097)
-ORDERS = [("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)]
+ORDERS = (("ascending", 0), ("descending", 0), ("random", 1), ("random", 2))
 
-EVERY_DIVERGENCE = pytest.mark.parametrize(("divergence", "parameter"), DIVERGENCES)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-FLOAT32_AND_BFLOAT16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+FORWARD_KL: Options = {"divergence": "forward_kl"}
+REVERSE_KL: Options = {"divergence": "reverse_kl"}
+JSD: Options = {"divergence": "jsd", "parameter": 0.3}
+DIVERGENCES = (
+    FORWARD_KL,
+    REVERSE_KL,
+    {"divergence": "jeffreys"},
+    JSD,
+    {"divergence": "skew_forward_kl", "parameter": 0.1},
+    {"divergence": "skew_reverse_kl", "parameter": 0.2},
+    {"divergence": "total_variation"},
+    {"divergence": "alpha", "parameter": 0.4},
+    # These two become another divergence.
+    {"divergence": "skew_forward_kl", "parameter": 1.0},
+    {"divergence": "jsd", "parameter": 1.0},
+)
+
+
+def each_divergence(*divergences: Options) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("divergence", divergences, ids=lambda d: "-".join(map(str, d.values())))
+
+
+def each_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", dtypes, ids=str)
+
 
 # Relative L2 error of a row's gradient: rounding to the dtype, plus float32 arithmetic.
 GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -62,7 +75,6 @@ def oracle(
     teacher: Tensor,
     divergence: str = "forward_kl",
     parameter: float = 0.0,
-    *,
     temperature: float = 1.0,
     scale: float = 1.0,
     row_scale: Tensor | None = None,
@@ -71,8 +83,8 @@ def oracle(
     logit_scale: tuple[float, float] = (1.0, 1.0),
     logit_softcap: tuple[float, float] = (0.0, 0.0),
     valid_vocab: int | None = None,
-) -> dict[str, Tensor]:
-    """Losses and gradients that Kernels.distillation should return for the same arguments, in float64."""
+) -> Outputs:
+    """What Kernels.distillation should return for the same arguments, in float64."""
     leaves = [z.double().requires_grad_() for z in (student, teacher)]
     sides = zip(leaves, logit_scale, logit_softcap, strict=True)
     effective = [reference.effective_logits(z, scale, cap, valid_vocab) for z, scale, cap in sides]
@@ -89,29 +101,27 @@ def assert_losses(actual: Tensor, expected: Tensor, rtol: float | None = None, a
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
 
 
-def assert_gradient(actual: Tensor, expected: Tensor) -> None:
-    """Each row within the tolerance of its dtype; the log-sum-exps' own rounding and a subnormal step are allowed."""
+def assert_gradient(actual: Tensor, expected: Tensor, rtol: float | None = None, atol: float | None = None) -> None:
+    """The L2 error of each row, within the tolerance of the dtype unless another is given."""
+    if rtol is None:
+        rtol = GRADIENT_TOLERANCE[actual.dtype]
+    if atol is None:  # the log-sum-exps' own rounding, and a subnormal step
+        info = torch.finfo(actual.dtype)
+        atol = torch.finfo(accumulation_dtype(actual)).eps + info.smallest_normal * info.eps * actual.shape[-1] ** 0.5
     error = (actual.double() - expected).norm(dim=-1)
-    step = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
-    floor = torch.finfo(accumulation_dtype(actual)).eps + step * actual.shape[-1] ** 0.5
-    assert (error <= GRADIENT_TOLERANCE[actual.dtype] * expected.norm(dim=-1) + floor).all(), error.max()
+    assert (error <= rtol * expected.norm(dim=-1) + atol).all(), error.max()
 
 
-def assert_close(
-    actual: dict[str, Tensor],
-    expected: dict[str, Tensor],
-    rows: slice | list[int] = slice(None),
-    rtol: float | None = None,
-) -> None:
-    """Losses and gradients of these rows, and what the oracle has for them."""
+def assert_close(actual: Outputs, expected: Outputs, rtol: float | None = None, atol: float = 1e-9) -> None:
+    """Losses, within these tolerances, and gradients."""
     for name, tensor in actual.items():
         if name == "row_loss":
-            assert_losses(tensor[rows], expected[name], rtol)
+            assert_losses(tensor, expected[name], rtol, atol)
         elif name.startswith("grad"):
-            assert_gradient(tensor[rows], expected[name])
+            assert_gradient(tensor, expected[name])
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], *names: str) -> None:
+def assert_same(actual: Outputs, expected: Outputs, *names: str) -> None:
     """Bit by bit; `names`: only these outputs."""
     assert names or actual.keys() == expected.keys()
     for name in names or actual:
@@ -119,6 +129,42 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], *names: 
         assert torch.equal(*bits), name
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_gradients(actual: Outputs, expected: Outputs) -> None:
     """Bit by bit, those that `actual` has."""
     assert_same(actual, expected, *(name for name in actual if name.startswith("grad")))
+
+
+def rows_of(outputs: Outputs, rows: Any) -> Outputs:
+    """What there is for these rows."""
+    return {name: tensor[rows] for name, tensor in outputs.items() if tensor.dim() > 0}
+
+
+def check(kernels: Kernels, student: Tensor, teacher: Tensor, **options: Any) -> Outputs:
+    """Every way to a loss and its gradients: close to the oracle, and all with the same bits.
+
+    A gradient is made in the forward or later, with the other gradient or without, at any address."""
+
+    def run(gradients: tuple[bool, bool] = NEITHER, **arguments: Any) -> Outputs:
+        return kernels.distillation(student, teacher, gradients=gradients, **arguments, **options)
+
+    expected = oracle(student, teacher, **options)
+    forward, both = run(), run(BOTH, reduce=True)
+    assert_close(both, expected)
+    torch.testing.assert_close(both["loss"], both["row_loss"].double().sum().to(both["loss"].dtype))
+    assert_same(forward, both, "row_loss")
+    for early in (run(STUDENT), run(STUDENT, offset=1), run(TEACHER)):
+        assert_same(early, both, "row_loss")
+        assert_same_gradients(early, both)
+    constants = {
+        BOTH: forward["row_constants"],
+        STUDENT: run(needs_grad=STUDENT)["row_constants"],
+        TEACHER: run(needs_grad=TEACHER)["row_constants"],
+    }
+    for gradients, row_constants in constants.items():
+        later = run(gradients, row_constants=row_constants, grad_output=torch.ones_like(both["loss"]))
+        assert_same_gradients(later, both)
+    per_row = torch.linspace(-2, 0.5, len(both["row_loss"]), dtype=both["loss"].dtype)
+    later = run(TEACHER, row_constants=constants[BOTH], grad_output=per_row)
+    assert_gradient(later["grad_teacher"], per_row.double()[:, None] * expected["grad_teacher"])
+    assert_losses(run(needs_grad=NEITHER)["row_loss"], forward["row_loss"])
+    return both

@@ -1,24 +1,21 @@
-"""The emulated kernels as fixtures: on one device, or on several in turn."""
-
-from __future__ import annotations
+"""The emulated kernels as fixtures."""
 
 import pytest
 
-from emulation import harness
 from emulation.cases import A100, H200
 from emulation.harness import Device, Kernels
 
 
 @pytest.fixture(scope="session")
 def library() -> Kernels:
-    return harness.load()
+    return Kernels()
 
 
 @pytest.fixture
 def kernels(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Rows are streamed, until keep_rows()."""
-    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "")  # restored after the test
-    library.stream_rows()
+    """On a device that streams rows, until another is set."""
+    monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "")  # is restored after the test
+    library.stream_rows(Device())
     library.set_order("ascending")
     return library
 
@@ -32,5 +29,5 @@ def both_tiers(kernels: Kernels, request: pytest.FixtureRequest) -> Kernels:
 
 @pytest.fixture(params=[H200._replace(multiprocessors=1), A100._replace(multiprocessors=2)], ids=["sm_90", "sm_80"])
 def small_device(request: pytest.FixtureRequest) -> Device:
-    """With clusters and without, both too small for five rows at a time."""
+    """With clusters or without, too small for five rows at a time."""
     return request.param

@@ -61,18 +61,18 @@ class Kernels:
 
     # ------------------------------------------------------------ the device
 
-    def set_device(self, device: Device, **properties: int) -> None:
-        self.module.set_device(*device._replace(**properties))
+    def set_device(self, device: Device) -> None:
+        self.module.set_device(*device)
 
-    def stream_rows(self, device: Device = Device(), **properties: int) -> None:
+    def stream_rows(self, device: Device) -> None:
         """Rows are read from memory in every pass."""
         os.environ["KLDIV_EXT_CUDA_TIER"] = "streamed"
-        self.set_device(device, **properties)
+        self.set_device(device)
 
     def keep_rows(self, device: Device, **properties: int) -> None:
         """Rows that fit stay in shared memory."""
         os.environ.pop("KLDIV_EXT_CUDA_TIER", None)
-        self.set_device(device, **properties)
+        self.set_device(device._replace(**properties))
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """In which order threads run."""

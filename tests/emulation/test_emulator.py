@@ -1,18 +1,20 @@
 """The emulator notices faults (selftest.cpp), and sanitizers find none in the kernels (sanitized.cpp)."""
 
-from __future__ import annotations
-
 import pytest
-from builds import run
+from builds import build, run
 
-from emulation.harness import OPTIMIZED, SANITIZED, build_emulation
+from emulation.harness import options
+
+FLAGS = {
+    "emulation": "-O1",
+    "emulation-sanitized": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all",
+}
 
 
 @pytest.mark.parametrize(
-    ("program", "variant"),
-    [("selftest", OPTIMIZED), ("selftest", SANITIZED), ("sanitized", SANITIZED)],
-    ids=["selftest", "sanitized-selftest", "sanitized-kernels"],
+    ("folder", "program"),
+    [("emulation", "selftest"), ("emulation-sanitized", "selftest"), ("emulation-sanitized", "sanitized")],
 )
-def test_program(program: str, variant: tuple[str, str]) -> None:
+def test_program(folder: str, program: str) -> None:
     target = f"emulation_{program}"
-    run(build_emulation(target, variant) / target)
+    run(build(folder, target, *options(FLAGS[folder])) / target)

@@ -1,12 +1,10 @@
 """csrc/cuda/pointwise.cu and scale.cu: the drop-in, and gradients that are scaled in place."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
-from emulation.cases import EVERY_DTYPE, ORDERS, assert_losses, assert_same, placed
+from emulation.cases import DTYPES, ORDERS, Outputs, assert_losses, assert_same, each_dtype, placed
 from emulation.harness import Guarded, Kernels, accumulation_dtype
 from kldiv_ext import reference
 
@@ -19,7 +17,7 @@ def log_probabilities(shape: list[int], dtype: torch.dtype, log_target: bool) ->
 
 
 @pytest.mark.parametrize("log_target", [False, True])
-@EVERY_DTYPE
+@each_dtype(*DTYPES)
 @pytest.mark.parametrize("shape", [[1, 1], [1, 7], [3, 8], [5, 333], [2, 4099]], ids=str)
 def test_kl_div(kernels: Kernels, shape: list[int], dtype: torch.dtype, log_target: bool) -> None:
     input, target = log_probabilities(shape, dtype, log_target)
@@ -45,12 +43,12 @@ def test_kl_div(kernels: Kernels, shape: list[int], dtype: torch.dtype, log_targ
         assert_same(without_input, both, "grad_input")
 
 
-@EVERY_DTYPE
+@each_dtype(*DTYPES)
 def test_bits_do_not_depend_on_order_or_place(kernels: Kernels, dtype: torch.dtype) -> None:
     shape = [3, 2999]
     tensors = (*log_probabilities(shape, dtype, False), torch.randn(shape, dtype=dtype))
 
-    def run(input: Tensor, target: Tensor, grad_output: Tensor, offset: int = 0) -> dict[str, Tensor]:
+    def run(input: Tensor, target: Tensor, grad_output: Tensor, offset: int = 0) -> Outputs:
         forward = kernels.pointwise(input, target, False, "loss", offset=offset)
         forward |= kernels.pointwise(input, target, False, "terms", offset=offset)
         gradients = ("grad_input", "grad_target")
@@ -73,7 +71,7 @@ def test_kl_div_of_nothing(kernels: Kernels) -> None:
     assert kernels.pointwise(torch.empty(0, 4), torch.empty(0, 4), False, "loss")["loss"] == 0
 
 
-@EVERY_DTYPE
+@each_dtype(*DTYPES)
 @pytest.mark.parametrize("count", [1, 3, 8, 17, 5000])
 def test_scale(kernels: Kernels, count: int, dtype: torch.dtype) -> None:
     for offset in (0, 1, 5):
@@ -81,12 +79,12 @@ def test_scale(kernels: Kernels, count: int, dtype: torch.dtype) -> None:
             guarded = Guarded(offset)
             gradient = guarded.new([count], dtype).copy_(torch.randn(count))
             expected = (gradient.to(accumulation_dtype(gradient)) * factor).to(dtype)
-            kernels.scale_(gradient, factor)
+            kernels.module.scale_(gradient, factor)
             guarded.check()
             assert torch.equal(gradient, expected)
 
 
 def test_scale_by_one_writes_nothing(kernels: Kernels) -> None:
     bits = torch.full([100], 0x7F81, dtype=torch.int16)  # a signalling NaN, which a write would make quiet
-    kernels.scale_(bits.view(torch.bfloat16), torch.tensor(1.0))
+    kernels.module.scale_(bits.view(torch.bfloat16), torch.tensor(1.0))
     assert (bits == 0x7F81).all()

@@ -1,65 +1,22 @@
 """csrc/cuda/rows.h: losses and gradients of rows, whatever the options and whatever is in the rows."""
 
-from __future__ import annotations
-
-import itertools
-from typing import Any
-
 import pytest
 import torch
 
-from emulation.cases import (
-    COLUMNS,
-    DIVERGENCES,
-    EVERY_DIVERGENCE,
-    EVERY_DTYPE,
-    ORDERS,
-    assert_close,
-    assert_gradient,
-    assert_losses,
-    assert_same,
-    assert_same_gradients,
-    logits,
-    oracle,
-)
-from emulation.harness import BOTH, NEITHER, STUDENT, TEACHER, Kernels, accumulation_dtype
+from emulation import cases
+from emulation.cases import FORWARD_KL, JSD, Options, assert_same_gradients, logits, oracle
+from emulation.harness import BOTH, STUDENT, Kernels, accumulation_dtype
 
 
-@EVERY_DTYPE
-@EVERY_DIVERGENCE
-def test_loss_and_gradients(kernels: Kernels, divergence: str, parameter: float, dtype: torch.dtype) -> None:
-    """A gradient has the same bits in the forward and later, with the other gradient and without."""
-    for i, columns in enumerate(COLUMNS):
-        kernels.set_order(*ORDERS[i % len(ORDERS)])
-        student, teacher = logits(2, columns, dtype)
-        options = {"divergence": divergence, "parameter": parameter, "temperature": 1.5, "scale": 0.7}
-        expected = oracle(student, teacher, **options)
-        forward = kernels.distillation(student, teacher, **options)
-        both = kernels.distillation(student, teacher, gradients=BOTH, **options)
-        for outputs in (forward, both):
-            assert_close(outputs, expected)
-        unaligned = kernels.distillation(student, teacher, gradients=STUDENT, reduce=True, offset=1, **options)
-        assert_same(unaligned, forward, "row_loss")
-        assert_same(unaligned, both, "grad_student")
-        total = forward["row_loss"].double().sum()
-        torch.testing.assert_close(unaligned["loss"], total.to(unaligned["loss"].dtype))
-
-        one = torch.ones_like(unaligned["loss"])
-        for gradients in (STUDENT, TEACHER, BOTH):
-            early = kernels.distillation(student, teacher, gradients=gradients, **options)
-            constants = kernels.distillation(student, teacher, needs_grad=gradients, **options)["row_constants"]
-            later = {"row_constants": constants, "grad_output": one, "gradients": gradients}
-            assert_same_gradients(early, both)
-            assert_same_gradients(kernels.distillation(student, teacher, **later, **options), both)
-        per_row = torch.tensor([-2.0, 0.5], dtype=one.dtype)
-        later = {"row_constants": forward["row_constants"], "grad_output": per_row, "gradients": TEACHER}
-        alone = kernels.distillation(student, teacher, **later, **options)
-        assert_gradient(alone["grad_teacher"], per_row.double()[:, None] * expected["grad_teacher"])
-        no_gradient = kernels.distillation(student, teacher, needs_grad=NEITHER, **options)
-        assert_losses(no_gradient["row_loss"], forward["row_loss"])
+@cases.each_dtype(*cases.DTYPES)
+@cases.each_divergence(*cases.DIVERGENCES)
+def test_loss_and_gradients(kernels: Kernels, divergence: Options, dtype: torch.dtype) -> None:
+    for i, columns in enumerate(cases.COLUMNS):
+        kernels.set_order(*cases.ORDERS[i % len(cases.ORDERS)])
+        cases.check(kernels, *logits(2, columns, dtype), temperature=1.5, scale=0.7, **divergence)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, Options] = {
     "hard labels": {"hard_scale": 0.7},
     "hard labels, temperature": {"hard_scale": 0.7, "temperature": 2.5, "scale": 0.3},
     "hard labels alone": {"hard_scale": 1.3, "scale": 0.0},
@@ -71,25 +28,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@EVERY_DTYPE
+@cases.each_dtype(*cases.DTYPES)
+@cases.each_divergence(FORWARD_KL, JSD)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options(kernels: Kernels, option: str, dtype: torch.dtype) -> None:
-    """Gradients in one pass, in a pass of their own, in a later call, and over the logits."""
+def test_options(kernels: Kernels, option: str, divergence: Options, dtype: torch.dtype) -> None:
     kernels.set_order("random", 3)
-    for columns, (divergence, parameter) in itertools.product((33, 300), (("forward_kl", 0.0), ("jsd", 0.3))):
+    for columns in (33, 300):
         student, teacher = logits(3, columns, dtype)
         student[:, OPTIONS[option].get("valid_vocab", columns) :] = torch.nan  # padding is not read
-        labels = torch.tensor([0, 24, 11])
-        options = {"divergence": divergence, "parameter": parameter, "labels": labels, **OPTIONS[option]}
-        both = kernels.distillation(student, teacher, gradients=BOTH, **options)
-        assert_close(both, oracle(student, teacher, **options))
-        one_pass = kernels.distillation(student, teacher, gradients=STUDENT, offset=1, **options)
-        assert_same_gradients(one_pass, both)
-        one = torch.ones([], dtype=accumulation_dtype(student))
-        later = {"gradients": BOTH, "row_constants": both["row_constants"], "grad_output": one, **options}
-        assert_same_gradients(kernels.distillation(student, teacher, **later), both)
+        options = {"labels": torch.tensor([0, 24, 11]), **divergence, **OPTIONS[option]}
+        both = cases.check(kernels, student, teacher, **options)
+        options |= {"row_constants": both["row_constants"], "grad_output": torch.ones_like(both["loss"])}
         for layout in (torch.clone, lambda x: x.T.contiguous().T):
-            over = kernels.distillation(layout(student), teacher, in_place=True, **later)
+            over = kernels.distillation(layout(student), teacher, gradients=BOTH, in_place=True, **options)
             assert torch.equal(over["grad_student"], both["grad_student"])
             assert torch.equal(over["grad_teacher"], both["grad_teacher"])
 
@@ -105,7 +56,7 @@ def test_labels_out_of_range(kernels: Kernels) -> None:
             assert rows[1].all() and not rows[[0, 2, 3]].any(), name
 
 
-@EVERY_DTYPE
+@cases.each_dtype(*cases.DTYPES)
 def test_rows_that_do_not_count_are_not_read(kernels: Kernels, dtype: torch.dtype) -> None:
     student, teacher = logits(6, 77, dtype)
     row_scale = torch.tensor([1, 0, 2, 0, 0, 0.5], dtype=accumulation_dtype(student))
@@ -113,16 +64,16 @@ def test_rows_that_do_not_count_are_not_read(kernels: Kernels, dtype: torch.dtyp
     student[skipped], teacher[skipped] = torch.nan, torch.inf
     plain = kernels.distillation(student, teacher, gradients=BOTH)
     out = kernels.distillation(student, teacher, row_scale=row_scale, gradients=BOTH, reduce=True)
-    later = {"row_constants": out["row_constants"], "grad_output": row_scale.new_tensor(2.0), "gradients": BOTH}
+    later = {"row_constants": out["row_constants"], "grad_output": torch.full_like(out["loss"], 2), "gradients": BOTH}
     backward = kernels.distillation(student, teacher, row_scale=row_scale, **later)
     for result in (out, backward):
         assert (result["grad_student"][skipped] == 0).all() and (result["grad_teacher"][skipped] == 0).all()
     assert (out["row_loss"][skipped] == 0).all()
     assert torch.equal(out["row_loss"][counts], (plain["row_loss"] * row_scale)[counts])
     assert torch.isfinite(out["loss"])
-    expected = oracle(student[counts], teacher[counts], row_scale=row_scale[counts])
-    assert_gradient(out["grad_student"][counts], expected["grad_student"])
-    assert_gradient(backward["grad_student"][counts], 2 * expected["grad_student"])
+    expected = oracle(student[counts], teacher[counts], row_scale=row_scale[counts])["grad_student"]
+    cases.assert_gradient(out["grad_student"][counts], expected)
+    cases.assert_gradient(backward["grad_student"][counts], 2 * expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -130,7 +81,7 @@ def test_infinite_factors_without_labels(kernels: Kernels, bad: float) -> None:
     """0 times infinity is not a weight of the cross entropy: there are no labels to read."""
     student, teacher = logits(2, 77, torch.float32)
     factors = torch.tensor([bad, 1.0])
-    options: dict[str, Any] = {"divergence": "jsd", "parameter": 0.1, "gradients": STUDENT}
+    options = {"gradients": STUDENT, **JSD}
     forward = kernels.distillation(student, teacher, row_scale=factors, **options)
     plain = kernels.distillation(student, teacher, **options)
     later = {"row_constants": plain["row_constants"], "grad_output": factors}
@@ -141,12 +92,12 @@ def test_infinite_factors_without_labels(kernels: Kernels, bad: float) -> None:
         assert torch.equal(result["grad_student"][1], plain["grad_student"][1])
 
 
-@EVERY_DTYPE
+@cases.each_dtype(*cases.DTYPES)
 def test_every_temperature_ends(kernels: Kernels, dtype: torch.dtype) -> None:
     """Python refuses a negative temperature; a kernel that gets one must not loop for ever."""
     student, teacher = logits(2, 300, dtype)
     for temperature in (-1.0, torch.nan, torch.inf, 1e-38):
-        kernels.distillation(100 * student, 100 * teacher, "jsd", 0.5, gradients=STUDENT, temperature=temperature)
+        kernels.distillation(100 * student, 100 * teacher, gradients=STUDENT, temperature=temperature, **JSD)
 
 
 def test_infinities_and_nan(kernels: Kernels) -> None:
@@ -159,44 +110,39 @@ def test_infinities_and_nan(kernels: Kernels) -> None:
     student[5, 0] = -inf  # q = 0 < p
     teacher[6, 39] = -inf  # p = 0 < q
     clean = [0, 4, 7]
-    for divergence, parameter in DIVERGENCES:
-        out = kernels.distillation(student, teacher, divergence, parameter, gradients=BOTH)
-        expected = oracle(student[clean], teacher[clean], divergence, parameter)
-        assert_close(out, {name: tensor.nan_to_num(0) for name, tensor in expected.items()}, clean)
+    for divergence in cases.DIVERGENCES:
+        out = kernels.distillation(student, teacher, gradients=BOTH, **divergence)
+        expected = oracle(student[clean], teacher[clean], **divergence)
+        assert expected["row_loss"].isfinite().all()
+        expected = {name: tensor.nan_to_num(0) for name, tensor in expected.items()}  # derivatives at p = q = 0
+        cases.assert_close(cases.rows_of(out, clean), expected)
         assert (out["grad_student"][4, 7], out["grad_teacher"][4, 7]) == (0, 0)
-        assert out["row_loss"][1:4].isnan().all()
-        assert out["grad_student"][1:4].isnan().all() and out["grad_teacher"][1:4].isnan().all()
+        assert all(out[name][1:4].isnan().all() for name in ("row_loss", "grad_student", "grad_teacher"))
     q_zero, p_zero = (out := kernels.distillation(student, teacher, gradients=STUDENT))["row_loss"][5:7]
     assert q_zero == inf and p_zero < inf
     q_minus_p = student[5].double().softmax(-1) - teacher[5].double().softmax(-1)
-    assert_gradient(out["grad_student"][5:6], q_minus_p[None])
+    cases.assert_gradient(out["grad_student"][5:6], q_minus_p[None])
     q_zero, p_zero = (out := kernels.distillation(student, teacher, "reverse_kl", gradients=STUDENT))["row_loss"][5:7]
     assert q_zero < inf and p_zero == inf and out["grad_student"][6].isnan().all()
 
 
-@EVERY_DTYPE
+@cases.each_dtype(*cases.DTYPES)
 def test_several_blocks_for_a_row(kernels: Kernels, dtype: torch.dtype) -> None:
     """In a later backward over few rows, where nothing is summed; to the bits of one block."""
     rows, columns, valid = 3, 5011, 5000
     assert kernels.row_shape(rows, valid, dtype, sums=False)[3] > 1
     student, teacher = logits(rows, columns, dtype)
     row_scale = torch.tensor([1.0, 0.0, 2.0], dtype=accumulation_dtype(student))
-    options: dict[str, Any] = {
-        "divergence": "jsd",
-        "parameter": 0.3,
-        "hard_scale": 0.4,
-        "labels": torch.tensor([0, 1, valid - 1]),
-        "row_scale": row_scale,
-        "valid_vocab": valid,
-    }
-    early = kernels.distillation(student, teacher, gradients=BOTH, **options)
+    options: Options = {"row_scale": row_scale, "valid_vocab": valid, "gradients": BOTH, **JSD}
+    options |= {"hard_scale": 0.4, "labels": torch.tensor([0, 1, valid - 1])}
+    early = kernels.distillation(student, teacher, **options)
     options |= {"row_constants": early["row_constants"], "grad_output": torch.ones_like(row_scale[0])}
-    for order in ORDERS:
+    for order in cases.ORDERS:
         kernels.set_order(*order)
-        later = kernels.distillation(student, teacher, gradients=BOTH, **options)
+        later = kernels.distillation(student, teacher, **options)
         assert_same_gradients(later, early)
-    expected = oracle(student[:, :valid], teacher[:, :valid], "jsd", 0.3, row_scale=row_scale)
-    assert_gradient(later["grad_teacher"][:, :valid], expected["grad_teacher"])
+    expected = oracle(student[:, :valid], teacher[:, :valid], row_scale=row_scale, **JSD)
+    cases.assert_gradient(later["grad_teacher"][:, :valid], expected["grad_teacher"])
 
 
 def test_more_rows_than_blocks(kernels: Kernels) -> None:
@@ -208,10 +154,9 @@ def test_more_rows_than_blocks(kernels: Kernels) -> None:
     row_scale[counting] = 1
     out = kernels.distillation(student, teacher, row_scale=row_scale, gradients=STUDENT, reduce=True)
     alone = kernels.distillation(student[counting], teacher[counting], gradients=STUDENT)
-    assert torch.equal(out["row_loss"][counting], alone["row_loss"])
-    assert torch.equal(out["grad_student"][counting], alone["grad_student"])
+    cases.assert_same(cases.rows_of(out, counting), alone, "row_loss", "grad_student")
     assert torch.count_nonzero(out["grad_student"]) == torch.count_nonzero(alone["grad_student"])
-    assert_losses(out["loss"], alone["row_loss"].double().sum(), rtol=1e-7, atol=0)
+    cases.assert_losses(out["loss"], alone["row_loss"].double().sum(), rtol=1e-7, atol=0)
 
 
 def test_no_rows(kernels: Kernels) -> None:

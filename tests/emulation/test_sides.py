@@ -1,39 +1,27 @@
 """csrc/cuda/sides.h and groups.h: where logits are read and gradients are written, in any layout and dtype."""
 
-from __future__ import annotations
-
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulation.cases import (
-    EVERY_DTYPE,
-    HALF,
-    ORDERS,
-    assert_close,
-    assert_losses,
-    assert_same,
-    logits,
-    oracle,
-    placed,
-)
-from emulation.harness import BOTH, DTYPES, STUDENT, Kernels, accumulation_dtype
+from emulation import cases
+from emulation.cases import FORWARD_KL, JSD, REVERSE_KL, Options, Outputs, assert_same, logits, oracle, placed
+from emulation.harness import BOTH, STUDENT, Kernels, accumulation_dtype
 
 
-@EVERY_DTYPE
+@cases.each_dtype(*cases.DTYPES)
 @pytest.mark.parametrize("columns", [7, 33, 257, 1000, 4097])
 def test_bits_do_not_depend_on_order_or_place(kernels: Kernels, columns: int, dtype: torch.dtype) -> None:
     rows = 3
     student, teacher = logits(rows, columns, dtype)
 
-    def run(student: Tensor, teacher: Tensor, offset: int = 0) -> dict[str, Tensor]:
-        return kernels.distillation(student, teacher, "jsd", 0.3, gradients=BOTH, reduce=True, offset=offset)
+    def run(student: Tensor, teacher: Tensor, offset: int = 0) -> Outputs:
+        return kernels.distillation(student, teacher, gradients=BOTH, reduce=True, offset=offset, **JSD)
 
     expected = run(student, teacher)
-    for order in ORDERS[1:]:
+    for order in cases.ORDERS[1:]:
         kernels.set_order(*order)
         assert_same(run(student, teacher), expected)
     for offset in (1, 2, 3):
@@ -43,23 +31,21 @@ def test_bits_do_not_depend_on_order_or_place(kernels: Kernels, columns: int, dt
     transposed = [t.t().contiguous().t() for t in (student, teacher)]
     result = run(*transposed)
     assert_same(run(transposed[0], teacher), result)
-    if dtype in HALF:  # logits that are not contiguous are read like float32
-        assert_losses(result["row_loss"], expected["row_loss"], atol=0)
-        assert_close(result, {name: tensor.double() for name, tensor in expected.items()})
+    if dtype in cases.HALF:  # logits that are not contiguous are read like float32
+        cases.assert_close(result, {name: tensor.double() for name, tensor in expected.items()}, atol=0)
     else:
         assert_same(result, expected)
-    flipped = run(student.flip(0), teacher.flip(0))
-    assert torch.equal(flipped["row_loss"].flip(0), expected["row_loss"])  # whatever the other rows are
-    assert torch.equal(flipped["grad_student"].flip(0), expected["grad_student"])
+    flipped = run(student.flip(0), teacher.flip(0))  # a row does not depend on the others
+    assert_same(cases.rows_of(flipped, [2, 1, 0]), expected, "row_loss", "grad_student")
 
 
-@pytest.mark.parametrize("dtypes", itertools.permutations(DTYPES, 2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(cases.DTYPES, 2)), ids=str)
 def test_two_dtypes(kernels: Kernels, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     student, teacher = (t.to(dtype) for t, dtype in zip(logits(4, 300, torch.float32), dtypes, strict=True))
-    out = kernels.distillation(student, teacher, "reverse_kl", gradients=BOTH)
-    assert_close(out, oracle(student, teacher, "reverse_kl"), rtol=1e-5)
+    out = kernels.distillation(student, teacher, gradients=BOTH, **REVERSE_KL)
+    cases.assert_close(out, oracle(student, teacher, **REVERSE_KL), rtol=1e-5)
     wide = accumulation_dtype(student, teacher)
-    widened = kernels.distillation(student.to(wide), teacher.to(wide), "reverse_kl", gradients=STUDENT)
+    widened = kernels.distillation(student.to(wide), teacher.to(wide), gradients=STUDENT, **REVERSE_KL)
     assert torch.equal(out["row_loss"], widened["row_loss"])
     assert torch.equal(out["grad_student"], widened["grad_student"].to(student.dtype))
 
@@ -67,8 +53,7 @@ def test_two_dtypes(kernels: Kernels, dtypes: tuple[torch.dtype, torch.dtype]) -
 def test_leading_dimensions(kernels: Kernels) -> None:
     student, teacher = torch.randn(3, 4, 2, 40).permute(2, 0, 1, 3), torch.randn(2, 3, 4, 40)
     out = kernels.distillation(student, teacher, gradients=STUDENT)
-    flat = kernels.distillation(student.reshape(-1, 40), teacher.reshape(-1, 40), gradients=STUDENT)
-    assert_same(out, flat)
+    assert_same(out, kernels.distillation(student.reshape(-1, 40), teacher.reshape(-1, 40), gradients=STUDENT))
 
 
 def test_rows_more_than_2_to_the_31_elements_apart(kernels: Kernels) -> None:
@@ -80,26 +65,21 @@ def test_rows_more_than_2_to_the_31_elements_apart(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("columns", [9, 2051, 2056])
-@pytest.mark.parametrize(("divergence", "parameter"), [("forward_kl", 0.0), ("jsd", 0.3)])
-def test_where_gradients_go(both_tiers: Kernels, divergence: str, parameter: float, columns: int) -> None:
+@cases.each_divergence(FORWARD_KL, JSD)
+def test_where_gradients_go(both_tiers: Kernels, divergence: Options, columns: int) -> None:
     """Rounded to another dtype, and over the logits: the same bits in every order of threads."""
-    kernels = both_tiers
     student, teacher = logits(5, columns, torch.float32)
-    options: dict[str, Any] = {
-        "divergence": divergence,
-        "parameter": parameter,
-        "temperature": 1.5,
-        "labels": torch.tensor([0, columns - 1, 3, 7, 8]),
-        "hard_scale": 0.5,
-        "grad_output": torch.tensor([1.0, -2.0, 0.5, 3.0, 1e-3]),
-    }
+    options = {"labels": torch.tensor([0, columns - 1, 3, 7, 8]), "hard_scale": 0.5, "temperature": 1.5, **divergence}
+    options["grad_output"] = torch.tensor([1.0, -2.0, 0.5, 3.0, 1e-3])
     for gradients in (STUDENT, BOTH):
         options["gradients"] = gradients
-        kernels.set_order(*ORDERS[0])
-        expected = kernels.distillation(student, teacher, **options)
-        for order, dtype in itertools.product(ORDERS, HALF):
-            kernels.set_order(*order)
-            narrow = kernels.distillation(student, teacher, gradient_dtype=dtype, **options)
-            for name, tensor in expected.items():
-                assert torch.equal(narrow[name], tensor.to(dtype) if name.startswith("grad") else tensor), name
-            assert_same(kernels.distillation(student.clone(), teacher, in_place=True, **options), expected)
+        both_tiers.set_order(*cases.ORDERS[0])
+        expected = both_tiers.distillation(student, teacher, **options)
+        for order in cases.ORDERS:
+            both_tiers.set_order(*order)
+            over = both_tiers.distillation(student.clone(), teacher, in_place=True, **options)
+            assert_same(over, expected)
+            for dtype in cases.HALF:
+                narrow = both_tiers.distillation(student, teacher, gradient_dtype=dtype, **options)
+                rounded = {name: t.to(dtype) if name.startswith("grad") else t for name, t in expected.items()}
+                assert_same(narrow, rounded)
