@@ -114,11 +114,15 @@ void begin(jmp_buf& here, const Stack& stack, void (*function)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack.bytes.get();
   context.uc_stack.ss_size = Stack::kBytes;
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack.bytes.get(), Stack::kBytes);  // a run that failed left its frames there
-#endif
   makecontext(&context, function, 0);
   if (_setjmp(here) == 0) setcontext(&context);
+}
+
+// Tells the address sanitizer that nothing on a stack is in use.
+void announce_empty([[maybe_unused]] const Stack& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bytes.get(), Stack::kBytes);
+#endif
 }
 
 // Tells the address sanitizer that execution moves to another stack. `kept` belongs to the stack that is left; null
@@ -152,6 +156,9 @@ class Machine {
 
   void run(const Shape& shape, const std::function<void()>& body) {
     check(shape);
+    if (std::exchange(incomplete_, true)) {  // the last run failed and left frames on its stacks
+      for (const auto& fiber : fibers_) announce_empty(fiber->stack);
+    }
     body_ = &body;
     shared_bytes_ = shape.shared_bytes;
     position_ = {0, shape.blocks, 0, shape.threads, 0, shape.cluster};
@@ -159,6 +166,7 @@ class Machine {
       fibers_.push_back(std::make_unique<Fiber>());
     }
     for (const int64_t cluster : ordered(shape.blocks / shape.cluster)) run_cluster(cluster * shape.cluster);
+    incomplete_ = false;
   }
 
   const Position& position() const { return position_; }
@@ -433,6 +441,7 @@ class Machine {
   Fiber* running_ = nullptr;
   bool counted_ = false;  // whether a thread has, since its block was last resumed
   const char* failure_ = nullptr;
+  bool incomplete_ = false;  // whether a run began and did not end
   jmp_buf main_;
   const void* main_stack_ = nullptr;
   size_t main_stack_size_ = 0;
