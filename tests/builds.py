@@ -51,11 +51,11 @@ def build(name: str, target: str, *options: str) -> Path:
     return folder
 
 
-def load_module(name: str, target: str, *options: str, module: str = "") -> ModuleType:
-    """The Python module that a target of CMakeLists.txt builds, which may have another name."""
+def load_module(name: str, target: str, module: str, *options: str) -> ModuleType:
+    """A Python module that this target builds."""
     pytest.importorskip("pybind11")
-    folder, module = build(name, target, "-DKLDIV_WHITEBOX=ON", *options), module or target
-    spec = importlib.util.spec_from_file_location(module, folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    path = build(name, target, "-DKLDIV_WHITEBOX=ON", *options) / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location(module, path)
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

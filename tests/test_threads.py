@@ -1,7 +1,5 @@
 """The CPU kernels without torch, called from several threads at once, under the thread sanitizer."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 
@@ -20,7 +18,7 @@ def program() -> Path:
 
 @pytest.fixture
 def fixed_addresses() -> list[str]:
-    """Sanitizers of older compilers stop where addresses are as random as newer Linux makes them."""
+    """The command before a program for fixed addresses: older sanitizers stop at the random ones of newer kernels."""
     try:
         return ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
     except FileNotFoundError:

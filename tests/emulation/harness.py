@@ -57,7 +57,7 @@ class Kernels:
     """The kernels and their device. What is set of it holds for all calls that follow."""
 
     def __init__(self) -> None:
-        self.module = load_module("emulation", "emulation_kernels", *options("-O1"))
+        self.module = load_module("emulation", "emulation_kernels", "emulation_kernels", *options("-O1"))
 
     # ------------------------------------------------------------ the device
 
