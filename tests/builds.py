@@ -17,13 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str | Path, **environment: str) -> str:
     """The output of a program, which must succeed."""
-    result = subprocess.run(
-        [str(c) for c in command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -38,15 +32,14 @@ def build(name: str, target: str, *options: str) -> Path:
     cmake, ninja = tool("cmake"), tool("ninja")
     if not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("needs the source tree")
-    if cmake is None:
-        pytest.skip("needs cmake")
-    folder = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}{'-ninja' if ninja else ''}"
+    if cmake is None or ninja is None:
+        pytest.skip("needs cmake and ninja")
+    folder = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
-    options += (f"-DPython_EXECUTABLE={sys.executable}",)
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    options += ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}")
     with FileLock(f"{folder}.lock"):
         # LD_PRELOAD: compilers do without the sanitizer that this Python may run under.
-        run(cmake, "-S", ".", "-B", folder, *generator, *options, LD_PRELOAD="")
+        run(cmake, "-S", ".", "-B", folder, *options, LD_PRELOAD="")
         run(cmake, "--build", folder, "--target", target, "--parallel", str(os.cpu_count()), LD_PRELOAD="")
     return folder
 

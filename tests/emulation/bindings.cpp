@@ -29,15 +29,20 @@ T* data(const py::object& tensor) {
   return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
 }
 
-Dtype dtype(const py::object& tensor) {
-  const auto name = py::str(tensor.attr("dtype")).cast<std::string>();
-  for (const auto& [known, dtype] : {std::pair{"torch.float64", Dtype::kFloat64},
-                                     {"torch.float32", Dtype::kFloat32},
-                                     {"torch.float16", Dtype::kFloat16},
-                                     {"torch.bfloat16", Dtype::kBFloat16}}) {
-    if (name == known) return dtype;
+// A value by its name.
+template <typename Value>
+Value named(const std::string& name, std::initializer_list<std::pair<const char*, Value>> values) {
+  for (const auto& [known, value] : values) {
+    if (name == known) return value;
   }
   throw std::invalid_argument(name);
+}
+
+Dtype dtype(const py::object& tensor) {
+  return named<Dtype>(py::str(tensor.attr("dtype")), {{"torch.float64", Dtype::kFloat64},
+                                                      {"torch.float32", Dtype::kFloat32},
+                                                      {"torch.float16", Dtype::kFloat16},
+                                                      {"torch.bfloat16", Dtype::kBFloat16}});
 }
 
 // `flat`: a contiguous tensor is a single row.
@@ -57,9 +62,7 @@ Matrix matrix(const py::object& tensor, bool flat = false) {
   return result;
 }
 
-Output output(const py::object& tensor) {
-  return tensor.is_none() ? Output() : Output{data(tensor), dtype(tensor)};
-}
+Output output(const py::object& tensor) { return tensor.is_none() ? Output() : Output{data(tensor), dtype(tensor)}; }
 
 LogitsGradient gradient(const py::object& tensor) {
   if (tensor.is_none()) return {};
@@ -88,7 +91,7 @@ void set_logits(LogitsArgs& args, const py::object& student, const py::object& t
 // ---------------------------------------------------------------- a kernel that tests team.h
 
 // Lets the next sum of a team use the room of the last one. That is private: only a template argument may name it.
-template <typename Team, int Team::*kTurn>
+template <typename Team, int Team::* kTurn>
 struct Rooms {
   friend void keep_room(Team& team) { team.*kTurn = 1 - team.*kTurn; }
 };
@@ -132,16 +135,20 @@ std::vector<float> units(float x) {
           logarithm.shortfall, pair.difference(), pair.teacher_excess()};
 }
 
-// Blocks, threads, blocks per cluster and bytes of shared memory; 0 blocks where rows are streamed.
-std::tuple<int64_t, int, int, size_t> resident_shape(int64_t rows, int64_t columns, size_t scalar_bytes) {
+// For rows in shared memory: blocks, threads, blocks per cluster and bytes of shared memory; 0 blocks where rows are
+// streamed.
+std::tuple<int64_t, int, int, size_t> resident_shape(int64_t rows, int64_t columns, const py::object& dtype) {
+  const auto scalar_bytes = dtype.attr("itemsize").cast<size_t>();
   const auto active = [](const Shape& shape) { return device::active_clusters(resident_shape, shape); };
   const auto [blocks, threads, cluster, bytes] =
       cuda::resident_shape(device::properties(), rows, columns, scalar_bytes, active);
   return {blocks, threads, cluster, bytes};
 }
 
-// For streamed rows: blocks, threads, threads of a block that share a row, blocks that share a row.
-std::tuple<int64_t, int, int, int> row_shape(int64_t rows, int64_t columns, bool wide, bool sums) {
+// For streamed rows: blocks, threads, threads of a block that share a row, blocks that share a row. `sums`: whether
+// anything is summed over a row.
+std::tuple<int64_t, int, int, int> row_shape(int64_t rows, int64_t columns, const py::object& dtype, bool sums) {
+  const bool wide = dtype.attr("itemsize").cast<size_t>() == sizeof(double);
   const auto [launch, width, per_row] =
       cuda::row_shape(rows, columns, wide ? cuda::kMaxSlowRowThreads : cuda::kMaxRowThreads, sums);
   return {launch.blocks, launch.threads, width, per_row};
@@ -158,18 +165,21 @@ PYBIND11_MODULE(emulation_kernels, m) {
   m.attr("ROW_CONSTANTS") = RowConstants<float>::kCount;
   m.attr("ROW_STATS") = RowStats<float>::kCount;
 
-  py::enum_<emulation::Order>(m, "Order")
-      .value("ascending", emulation::Order::kAscending)
-      .value("descending", emulation::Order::kDescending)
-      .value("random", emulation::Order::kRandom);
-  py::enum_<emulation::Primitive>(m, "Primitive")
-      .value("none", emulation::Primitive::kNone)
-      .value("barrier", emulation::Primitive::kBarrier)
-      .value("cluster_barrier", emulation::Primitive::kClusterBarrier)
-      .value("arrive", emulation::Primitive::kArrive)
-      .value("await_", emulation::Primitive::kAwait);
-  m.def("set_order", emulation::set_order);
-  m.def("skip", emulation::skip);
+  m.def("set_order", [](const std::string& order, uint32_t seed) {
+    using emulation::Order;
+    const auto value = named<Order>(
+        order, {{"ascending", Order::kAscending}, {"descending", Order::kDescending}, {"random", Order::kRandom}});
+    emulation::set_order(value, seed);
+  });
+  m.def("skip", [](const std::string& primitive, int call) {
+    using emulation::Primitive;
+    const auto value = named<Primitive>(primitive, {{"", Primitive::kNone},
+                                                    {"barrier", Primitive::kBarrier},
+                                                    {"cluster_barrier", Primitive::kClusterBarrier},
+                                                    {"arrive", Primitive::kArrive},
+                                                    {"await", Primitive::kAwait}});
+    emulation::skip(value, call);
+  });
   m.def("set_device", [](int compute_capability, int multiprocessors, size_t shared_bytes_per_block, bool clusters) {
     emulation::set_properties({compute_capability, multiprocessors, shared_bytes_per_block, clusters});
   });
@@ -177,14 +187,14 @@ PYBIND11_MODULE(emulation_kernels, m) {
   m.def("two_sums", launch_two_sums);
   m.def("units", units);
   m.def("resident_shape", resident_shape);
-  m.def("row_shape", row_shape);
+  m.def("row_shape", row_shape, "rows"_a, "columns"_a, "dtype"_a, "sums"_a = true);
 
   m.def(
       "distillation",
-      [](const py::object& student, const py::object& teacher, const py::dict& outputs, std::pair<bool, bool> needs_grad,
-         const py::object& grad_output, const std::string& divergence, double parameter, double scale,
-         double hard_scale, int64_t valid_vocab, double temperature, Factors logit_scale, Factors logit_softcap,
-         const py::object& labels, const py::object& row_scale) {
+      [](const py::object& student, const py::object& teacher, const py::dict& outputs,
+         std::pair<bool, bool> needs_grad, const py::object& grad_output, const std::string& divergence,
+         double parameter, double scale, double hard_scale, int64_t valid_vocab, double temperature,
+         Factors logit_scale, Factors logit_softcap, const py::object& labels, const py::object& row_scale) {
         DistillationArgs args;
         set_logits(args, student, teacher, valid_vocab, temperature, logit_scale, logit_softcap, labels, row_scale);
         if (scale != 0) args.divergence = divergence;  // as csrc/operators.h does

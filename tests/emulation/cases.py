@@ -75,22 +75,16 @@ def oracle(
     teacher: Tensor,
     divergence: str = "forward_kl",
     parameter: float = 0.0,
-    temperature: float = 1.0,
     scale: float = 1.0,
-    row_scale: Tensor | None = None,
-    labels: Tensor | None = None,
     hard_scale: float = 0.0,
-    logit_scale: tuple[float, float] = (1.0, 1.0),
-    logit_softcap: tuple[float, float] = (0.0, 0.0),
-    valid_vocab: int | None = None,
+    row_scale: Tensor | None = None,
+    **options: Any,
 ) -> Outputs:
     """What Kernels.distillation should return for the same arguments, in float64."""
     leaves = [z.double().requires_grad_() for z in (student, teacher)]
-    sides = zip(leaves, logit_scale, logit_softcap, strict=True)
-    effective = [reference.effective_logits(z, scale, cap, valid_vocab) for z, scale, cap in sides]
-    losses = reference.weighted_losses(*effective, labels, scale, hard_scale, divergence, parameter, temperature)
-    if row_scale is not None:
-        losses = losses * row_scale
+    options |= {"beta": parameter, "skew": parameter, "alpha": parameter, "divergence": divergence}
+    options |= {"soft_weight": scale, "hard_weight": hard_scale, "weight": row_scale}
+    losses = reference.distillation_loss(*leaves, reduction="none", **options)
     grad_student, grad_teacher = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     return {"row_loss": losses.detach(), "grad_student": grad_student, "grad_teacher": grad_teacher}
 

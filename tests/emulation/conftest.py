@@ -2,7 +2,7 @@
 
 import pytest
 
-from emulation.cases import A100, H200
+from emulation.cases import A100, H200, ORDERS
 from emulation.harness import Device, Kernels
 
 
@@ -16,14 +16,14 @@ def kernels(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """On a device that streams rows, until another is set."""
     monkeypatch.setenv("KLDIV_EXT_CUDA_TIER", "")  # is restored after the test
     library.stream_rows(Device())
-    library.set_order("ascending")
+    library.set_order(*ORDERS[0])
     return library
 
 
 @pytest.fixture(params=["streamed", "resident"])
 def both_tiers(kernels: Kernels, request: pytest.FixtureRequest) -> Kernels:
     if request.param == "resident":
-        kernels.keep_rows(H200, multiprocessors=1)
+        kernels.keep_rows(H200._replace(multiprocessors=1))
     return kernels
 
 

@@ -56,8 +56,8 @@ void cluster_barrier();
 void arrive(uint32_t* count);
 void await(const uint32_t* count, uint32_t target);
 
-// A fault on purpose: in the runs that follow, every thread's call number `call` of one of these functions does nothing.
-// A test shows so that the call is needed.
+// A fault on purpose: in the runs that follow, every thread's call number `call` of one of these functions does
+// nothing. A test shows so that the call is needed.
 enum class Primitive { kNone, kBarrier, kClusterBarrier, kArrive, kAwait };
 void skip(Primitive primitive, int call);
 

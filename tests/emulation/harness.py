@@ -54,50 +54,32 @@ class Guarded:
 
 
 class Kernels:
-    """The kernels and their device. What is set of it holds for all calls that follow."""
+    """The kernels and their device; attributes that are not here are those of bindings.cpp."""
 
     def __init__(self) -> None:
         self.module = load_module("emulation", "emulation_kernels", "emulation_kernels", *options("-O1"))
 
-    # ------------------------------------------------------------ the device
-
-    def set_device(self, device: Device) -> None:
-        self.module.set_device(*device)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
     def stream_rows(self, device: Device) -> None:
-        """Rows are read from memory in every pass."""
+        """From now on this is the device, and rows are read from its memory in every pass."""
         os.environ["KLDIV_EXT_CUDA_TIER"] = "streamed"
-        self.set_device(device)
+        self.set_device(*device)
 
-    def keep_rows(self, device: Device, **properties: int) -> None:
-        """Rows that fit stay in shared memory."""
+    def keep_rows(self, device: Device) -> None:
+        """From now on this is the device, and rows stay in shared memory where they fit."""
         os.environ.pop("KLDIV_EXT_CUDA_TIER", None)
-        self.set_device(device._replace(**properties))
-
-    def set_order(self, order: str, seed: int = 0) -> None:
-        """In which order threads run."""
-        self.module.set_order(getattr(self.module.Order, order), seed)
+        self.set_device(*device)
 
     @contextlib.contextmanager
     def fault(self, primitive: str, call: int) -> Iterator[None]:
         """Every thread's call number `call` of a function of fibers.h does nothing."""
-        self.module.skip(getattr(self.module.Primitive, primitive), call)
+        self.skip(primitive, call)
         try:
             yield
         finally:
-            self.module.skip(self.module.Primitive.none, 0)
-
-    def resident_shape(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-        """Blocks, threads, blocks per cluster and bytes of shared memory; 0 blocks where rows are streamed."""
-        return self.module.resident_shape(rows, columns, dtype.itemsize)
-
-    def row_shape(self, rows: int, columns: int, dtype: torch.dtype, sums: bool = True) -> tuple[int, int, int, int]:
-        """For streamed rows: blocks, threads, threads of a block that share a row, blocks that share a row.
-
-        `sums`: whether anything is summed over a row."""
-        return self.module.row_shape(rows, columns, dtype == torch.float64, sums)
-
-    # ------------------------------------------------------------ the operators
+            self.skip("", 0)
 
     def distillation(
         self,
@@ -125,7 +107,7 @@ class Kernels:
         out = {}
         if row_constants is None:
             out["row_loss"] = guarded.new([rows], dtype)
-            row_constants = guarded.new([rows, self.module.ROW_CONSTANTS], dtype)
+            row_constants = guarded.new([rows, self.ROW_CONSTANTS], dtype)
         out["row_constants"] = row_constants
         if reduce:
             out["loss"] = guarded.new([], dtype)
@@ -141,7 +123,7 @@ class Kernels:
         self, student: Tensor, teacher: Tensor, labels: Tensor, row_scale: Tensor, **options: Any
     ) -> Tensor:
         guarded = Guarded()
-        stats = guarded.new([len(labels), self.module.ROW_STATS], accumulation_dtype(student, teacher))
+        stats = guarded.new([len(labels), self.ROW_STATS], accumulation_dtype(student, teacher))
         self.module.token_stats(student, teacher, labels, row_scale, stats, **options)
         guarded.check()
         return stats
@@ -161,7 +143,7 @@ class Kernels:
         dtype, guarded = accumulation_dtype(like, target), Guarded(offset)
         kinds = {
             "loss": ([], dtype),
-            "partials": ([self.module.pointwise_partials(target.numel())], dtype),
+            "partials": ([self.pointwise_partials(target.numel())], dtype),
             "terms": (target.shape, like.dtype if like.dtype == target.dtype else dtype),
             "grad_input": (target.shape, like.dtype),
             "grad_target": (target.shape, target.dtype),

@@ -1,5 +1,5 @@
-// What the emulator must do and notice: kernels that are right, and kernels with a fault each. Prints what went otherwise
-// than expected and returns how often that was.
+// What the emulator must do and notice: kernels that are right, and kernels with a fault each. Prints what went
+// otherwise than expected and returns how often that was.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -26,7 +26,9 @@ bool errs_as_allowed(const Place& place, const Approximate& approximate, const E
 }
 
 // Equal, with the same sign; NaN equals NaN.
-inline bool same(float x, float y) { return std::isnan(y) ? std::isnan(x) : x == y && std::signbit(x) == std::signbit(y); }
+inline bool same(float x, float y) {
+  return std::isnan(y) ? std::isnan(x) : x == y && std::signbit(x) == std::signbit(y);
+}
 
 // Prints what is wrong and returns how much is.
 inline int wrong_special_functions() {

@@ -1,9 +1,10 @@
-"""csrc/cuda/columns.h: accuracy where a formula could lose digits, near the teacher and where one column has all."""
+"""csrc/cuda/columns.h and units.h: accuracy, near the teacher and where one column has nearly all."""
 
 import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from emulation import cases
 from emulation.cases import FORWARD_KL, REVERSE_KL, Options, assert_close, assert_losses, logits, oracle
@@ -14,6 +15,31 @@ from kldiv_ext import reference
 def each_mixture(*weights: float) -> pytest.MarkDecorator:
     names = ("jsd", "skew_forward_kl", "skew_reverse_kl")
     return cases.each_divergence(*({"divergence": name, "parameter": w} for name in names for w in weights))
+
+
+def test_special_function_unit(kernels: Kernels) -> None:
+    """Errors of units.h, where the emulated unit errs as far as PTX allows."""
+    x = torch.cat([torch.logspace(-9, 1.3, 40_001, dtype=torch.float64), torch.tensor([0.5, 1.0, 20.0])]).float()
+    gap, y, delta = x.double(), torch.cat([x, -x[x < 0.9]]).double(), torch.cat([x, -x]).double()
+
+    def minus_expm1(x: Tensor) -> Tensor:
+        """x - (1 - exp(-x))"""
+        return torch.where(x.abs() < 1e-3, x * x * (0.5 - x / 6 + x * x / 24), x + torch.expm1(-x))
+
+    minus_log1p = torch.where(y.abs() < 1e-3, y * y * (0.5 - y / 3 + y * y / 4), y - torch.log1p(y))
+    expected = [
+        (gap, torch.exp(-gap), 4e-6),  # a rounded exponent: eps |x|
+        (gap, torch.expm1(-gap), 5e-7),
+        (gap, minus_expm1(gap), 2e-6),
+        (y, torch.log1p(y), 1.2e-6),
+        (y, minus_log1p, 1e-5),
+        (delta, -torch.expm1(-delta), 4e-6),
+        (delta, minus_expm1(delta), 4e-6),
+    ]
+    for i, (arguments, exact, allowed) in enumerate(expected):
+        computed = torch.tensor([kernels.units(x)[i] for x in arguments.tolist()], dtype=torch.float64)
+        assert ((computed - exact) / exact).abs().max() < allowed, i
+    assert kernels.units(0) == [1, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3])
@@ -151,6 +177,4 @@ def test_cross_entropy_of_confident_rows(kernels: Kernels, temperature: float) -
     assert_losses(alone, exact, rtol=1e-6, atol=1.2e-7)
     assert (alone >= 0).all()
     entropies = kernels.token_stats(student, teacher, labels, torch.ones(64))[:, 2]
-    expected = reference.token_stats(student, teacher, labels)[2]
-    assert expected is not None
-    assert_losses(entropies, expected, atol=5e-7)
+    assert_losses(entropies, reference.token_stats(student, teacher, labels)[2], atol=5e-7)

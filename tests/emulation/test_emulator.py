@@ -5,16 +5,14 @@ from builds import build, run
 
 from emulation.harness import options
 
-FLAGS = {
-    "emulation": "-O1",
-    "emulation-sanitized": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all",
-}
+SANITIZED = ("emulation-sanitized", "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all")
 
 
 @pytest.mark.parametrize(
-    ("folder", "program"),
-    [("emulation", "selftest"), ("emulation-sanitized", "selftest"), ("emulation-sanitized", "sanitized")],
+    ("program", "folder", "flags"),
+    [("selftest", "emulation", "-O1"), ("selftest", *SANITIZED), ("sanitized", *SANITIZED)],
+    ids=["selftest", "sanitized-selftest", "sanitized-kernels"],
 )
-def test_program(folder: str, program: str) -> None:
+def test_program(program: str, folder: str, flags: str) -> None:
     target = f"emulation_{program}"
-    run(build(folder, target, *options(FLAGS[folder])) / target)
+    run(build(folder, target, *options(flags)) / target)

@@ -79,12 +79,12 @@ def test_scale(kernels: Kernels, count: int, dtype: torch.dtype) -> None:
             guarded = Guarded(offset)
             gradient = guarded.new([count], dtype).copy_(torch.randn(count))
             expected = (gradient.to(accumulation_dtype(gradient)) * factor).to(dtype)
-            kernels.module.scale_(gradient, factor)
+            kernels.scale_(gradient, factor)
             guarded.check()
             assert torch.equal(gradient, expected)
 
 
 def test_scale_by_one_writes_nothing(kernels: Kernels) -> None:
     bits = torch.full([100], 0x7F81, dtype=torch.int16)  # a signalling NaN, which a write would make quiet
-    kernels.module.scale_(bits.view(torch.bfloat16), torch.tensor(1.0))
+    kernels.scale_(bits.view(torch.bfloat16), torch.tensor(1.0))
     assert (bits == 0x7F81).all()

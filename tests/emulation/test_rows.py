@@ -1,11 +1,12 @@
-"""csrc/cuda/rows.h: losses and gradients of rows, whatever the options and whatever is in the rows."""
+"""csrc/cuda/rows.h: losses, gradients and statistics of rows, whatever the options and whatever is in the rows."""
 
 import pytest
 import torch
 
 from emulation import cases
-from emulation.cases import FORWARD_KL, JSD, Options, assert_same_gradients, logits, oracle
+from emulation.cases import FORWARD_KL, JSD, Options, logits, oracle
 from emulation.harness import BOTH, STUDENT, Kernels, accumulation_dtype
+from kldiv_ext import reference
 
 
 @cases.each_dtype(*cases.DTYPES)
@@ -60,20 +61,19 @@ def test_labels_out_of_range(kernels: Kernels) -> None:
 def test_rows_that_do_not_count_are_not_read(kernels: Kernels, dtype: torch.dtype) -> None:
     student, teacher = logits(6, 77, dtype)
     row_scale = torch.tensor([1, 0, 2, 0, 0, 0.5], dtype=accumulation_dtype(student))
-    counts, skipped = row_scale != 0, row_scale == 0
+    skipped = row_scale == 0
     student[skipped], teacher[skipped] = torch.nan, torch.inf
+    expected = oracle(student, teacher, row_scale=row_scale)
     plain = kernels.distillation(student, teacher, gradients=BOTH)
     out = kernels.distillation(student, teacher, row_scale=row_scale, gradients=BOTH, reduce=True)
     later = {"row_constants": out["row_constants"], "grad_output": torch.full_like(out["loss"], 2), "gradients": BOTH}
     backward = kernels.distillation(student, teacher, row_scale=row_scale, **later)
-    for result in (out, backward):
-        assert (result["grad_student"][skipped] == 0).all() and (result["grad_teacher"][skipped] == 0).all()
-    assert (out["row_loss"][skipped] == 0).all()
-    assert torch.equal(out["row_loss"][counts], (plain["row_loss"] * row_scale)[counts])
-    assert torch.isfinite(out["loss"])
-    expected = oracle(student[counts], teacher[counts], row_scale=row_scale[counts])["grad_student"]
-    cases.assert_gradient(out["grad_student"][counts], expected)
-    cases.assert_gradient(backward["grad_student"][counts], 2 * expected)
+    for result, factor in ((out, 1), (backward, 2)):
+        for name in ("grad_student", "grad_teacher"):
+            assert (result[name][skipped] == 0).all()
+            cases.assert_gradient(result[name], factor * expected[name])
+    assert (out["row_loss"][skipped] == 0).all() and out["loss"].isfinite()
+    assert torch.equal(out["row_loss"][~skipped], (plain["row_loss"] * row_scale)[~skipped])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -132,17 +132,12 @@ def test_several_blocks_for_a_row(kernels: Kernels, dtype: torch.dtype) -> None:
     rows, columns, valid = 3, 5011, 5000
     assert kernels.row_shape(rows, valid, dtype, sums=False)[3] > 1
     student, teacher = logits(rows, columns, dtype)
-    row_scale = torch.tensor([1.0, 0.0, 2.0], dtype=accumulation_dtype(student))
-    options: Options = {"row_scale": row_scale, "valid_vocab": valid, "gradients": BOTH, **JSD}
-    options |= {"hard_scale": 0.4, "labels": torch.tensor([0, 1, valid - 1])}
-    early = kernels.distillation(student, teacher, **options)
-    options |= {"row_constants": early["row_constants"], "grad_output": torch.ones_like(row_scale[0])}
-    for order in cases.ORDERS:
+    options: Options = {"hard_scale": 0.4, "labels": torch.tensor([0, 1, valid - 1]), "valid_vocab": valid, **JSD}
+    options["row_scale"] = torch.tensor([1.0, 0.0, 2.0], dtype=accumulation_dtype(student))
+    first = cases.check(kernels, student, teacher, **options)
+    for order in cases.ORDERS[1:]:
         kernels.set_order(*order)
-        later = kernels.distillation(student, teacher, **options)
-        assert_same_gradients(later, early)
-    expected = oracle(student[:, :valid], teacher[:, :valid], row_scale=row_scale, **JSD)
-    cases.assert_gradient(later["grad_teacher"][:, :valid], expected["grad_teacher"])
+        cases.assert_same(cases.check(kernels, student, teacher, **options), first)
 
 
 def test_more_rows_than_blocks(kernels: Kernels) -> None:
@@ -161,3 +156,20 @@ def test_more_rows_than_blocks(kernels: Kernels) -> None:
 
 def test_no_rows(kernels: Kernels) -> None:
     assert kernels.distillation(torch.empty(0, 4), torch.empty(0, 4), reduce=True)["loss"] == 0
+
+
+@cases.each_dtype(*cases.DTYPES)
+def test_token_stats(kernels: Kernels, dtype: torch.dtype) -> None:
+    other: Options = {"temperature": 1.5, "logit_scale": (0.5, 2.0), "logit_softcap": (0.0, 3.0)}
+    for i, columns in enumerate(cases.COLUMNS):
+        kernels.set_order(*cases.ORDERS[i % len(cases.ORDERS)])
+        student, teacher = logits(5, columns, dtype)
+        teacher[1] = student[1]  # they agree
+        labels = torch.tensor([0, columns - 1, columns // 2, 0, 0])
+        counts = torch.tensor([1, 1, 1, 0, 1], dtype=accumulation_dtype(student))
+        for options in ({}, other):
+            stats = kernels.token_stats(student, teacher, labels, counts, **options)
+            expected = reference.token_stats(student, teacher, labels, mask=counts != 0, **options)
+            for value, exact in zip(stats.unbind(-1), expected, strict=True):
+                cases.assert_losses(value, exact, atol=20 * cases.LOSS_TOLERANCE[value.dtype])
+            assert torch.equal(stats[:, -1] != 0, expected[-1])

@@ -23,7 +23,7 @@ def test_resident_rows(kernels: Kernels, small_device: Device, divergence: Optio
         assert 0 < blocks // cluster < 5
         student, teacher = logits(5, columns, dtype)
         both = cases.check(kernels, student, teacher, **options)
-        kernels.keep_rows(small_device, multiprocessors=100)
+        kernels.keep_rows(small_device._replace(multiprocessors=100))
         assert_same(kernels.distillation(student, teacher, gradients=BOTH, reduce=True, **options), both)
 
 
@@ -61,6 +61,6 @@ def test_resident_and_streamed_rows_agree(kernels: Kernels) -> None:
     torch.testing.assert_close(resident["grad_student"], streamed["grad_student"], rtol=1e-4, atol=1e-9)
     clusters = kernels.resident_shape(3, 20_008, torch.float32)[:3]
     assert clusters[2] > 1
-    kernels.keep_rows(H200, clusters=False)
+    kernels.keep_rows(H200._replace(clusters=False))
     assert kernels.resident_shape(3, 20_008, torch.float32)[:3] == clusters
     assert_same(kernels.distillation(student, teacher, **options), resident)
