@@ -129,9 +129,7 @@ CLAIMS = {
     "decay_excess": Claim(lambda x: x + mpmath.expm1(-x), gaps),
     "log1p": Claim(mpmath.log1p, above_minus_one),
     "log1p_shortfall": Claim(lambda x: x - mpmath.log1p(x), above_minus_one, where=lambda y: y < 0),
-    "log1p_shortfall above 0": Claim(
-        lambda x: x - mpmath.log1p(x), above_minus_one, 1e-6, 2e-15, where=lambda y: y > 0
-    ),
+    "log1p_shortfall > 0": Claim(lambda x: x - mpmath.log1p(x), above_minus_one, 1e-6, 2e-15, where=lambda y: y > 0),
     "softcap": Claim(mpmath.tanh, capped),
     "softcap_slope": Claim(lambda x: mpmath.sech(x) ** 2, capped, by_argument=True),
 }

@@ -11,7 +11,6 @@ SANITIZED = ("emulation-sanitized", "-O0 -fsanitize=address,undefined -fno-sanit
 @pytest.mark.parametrize(
     ("program", "folder", "flags"),
     [("selftest", "emulation", "-O1"), ("selftest", *SANITIZED), ("sanitized", *SANITIZED)],
-    ids=["selftest", "sanitized-selftest", "sanitized-kernels"],
 )
 def test_program(program: str, folder: str, flags: str) -> None:
     target = f"emulation_{program}"

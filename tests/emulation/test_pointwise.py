@@ -35,11 +35,10 @@ def test_kl_div(kernels: Kernels, shape: list[int], dtype: torch.dtype, log_targ
     weights = torch.randn(shape, dtype=dtype)
     for grad_output in (torch.tensor(0.5, dtype=loss.dtype), weights, weights[:1, :1].expand(shape)):
         of_input, of_target = torch.autograd.grad((terms * grad_output).sum(), leaves, retain_graph=True)
-        arguments = (target, log_target, "grad_input")
-        both = kernels.pointwise(input, *arguments, "grad_target", grad_output=grad_output)
+        both = kernels.pointwise(input, target, log_target, "grad_input", "grad_target", grad_output=grad_output)
         assert_losses(both["grad_input"], of_input, rtol, atol)
         assert_losses(both["grad_target"], of_target.masked_fill(dead, 0), rtol, 1e-5)
-        without_input = kernels.pointwise(None, *arguments, grad_output=grad_output)
+        without_input = kernels.pointwise(None, target, log_target, "grad_input", grad_output=grad_output)
         assert_same(without_input, both, "grad_input")
 
 
@@ -51,8 +50,8 @@ def test_bits_do_not_depend_on_order_or_place(kernels: Kernels, dtype: torch.dty
     def run(input: Tensor, target: Tensor, grad_output: Tensor, offset: int = 0) -> Outputs:
         forward = kernels.pointwise(input, target, False, "loss", offset=offset)
         forward |= kernels.pointwise(input, target, False, "terms", offset=offset)
-        gradients = ("grad_input", "grad_target")
-        return forward | kernels.pointwise(input, target, False, *gradients, grad_output=grad_output, offset=offset)
+        options = {"grad_output": grad_output, "offset": offset}
+        return forward | kernels.pointwise(input, target, False, "grad_input", "grad_target", **options)
 
     expected = run(*tensors)
     for order in ORDERS[1:]:

@@ -47,9 +47,8 @@ def test_sums_take_turns_in_two_rooms(kernels: Kernels, team: str) -> None:
 
 @pytest.mark.parametrize(("team", "primitive"), CALLS)
 def test_every_call_is_needed(kernels: Kernels, team: str, primitive: str) -> None:
-    calls = CALLS[team, primitive]
-    for call in range(calls):
+    for call in range(CALLS[team, primitive]):
         with kernels.fault(primitive, call):
             assert not is_right(kernels, team), f"{primitive} {call}"
-    with kernels.fault(primitive, calls):  # there is no such call
+    with kernels.fault(primitive, CALLS[team, primitive]):  # there is no such call
         assert is_right(kernels, team)
