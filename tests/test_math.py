@@ -1,47 +1,29 @@
 """math.h, divergences.h and row_state.h from the inside, against mpmath: accuracy, special values, signs, merging.
 
-The functions come from a module per instruction set (tests/whitebox), built once by CMake into build/.
+The functions come from a module per instruction set (tests/whitebox).
 """
 
-from __future__ import annotations
-
 import functools
-import importlib.util
 import math
-import sys
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
 import pytest
-from builds import build, run
+from builds import build, load_module, run
 from oracle import DIVERGENCES, ENDPOINTS, LOPSIDED, PARAMETERS, TERMS, Divergence, need_isa
 
 INF, NAN = math.inf, math.nan
+Array = np.ndarray[Any, Any]
 DType = type[np.floating[Any]]
-
-# ---------------------------------------------------------------- the modules
-
-
-@pytest.fixture(scope="session")
-def build_folder() -> Path:
-    pytest.importorskip("pybind11")
-    return build("whitebox", "whitebox", "-DKLDIV_WHITEBOX=ON", f"-DPython_EXECUTABLE={sys.executable}")
 
 
 @functools.cache
-def load(folder: Path, isa: str) -> ModuleType:
+def load(isa: str) -> ModuleType:
     need_isa(isa)
-    path = folder / f"whitebox_{isa}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location(f"whitebox_{isa}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("whitebox", "whitebox", f"whitebox_{isa}")
 
 
 class Lane(NamedTuple):
@@ -54,133 +36,110 @@ class Lane(NamedTuple):
     def eps(self) -> float:
         return float(np.finfo(self.dtype).eps)
 
-    @property
-    def tiny(self) -> float:
-        return float(np.finfo(self.dtype).smallest_normal)
-
-    def __call__(self, function: str, values: Any) -> np.ndarray[Any, Any]:
+    def __call__(self, function: str, values: Any) -> Array:
         return getattr(self.functions, function)(np.asarray(values, self.dtype))
 
+    def divergence(self, divergence: Divergence, lp: Array, lq: Array) -> tuple[Array, Array, Array]:
+        """(term, g_q, g_p) of columns."""
+        return self.functions.divergence(divergence.name, divergence.parameter or 0.0, lp, lq)
 
-LANES = [("portable", "float32"), ("portable", "float64")] + [
-    (isa, f"{dtype}_simd") for isa in ("portable", "avx2", "avx512") for dtype in ("float32", "float64")
-]
 
-
-@pytest.fixture(params=LANES, ids="-".join)
-def lane(build_folder: Path, request: pytest.FixtureRequest) -> Lane:
+def lane_of(request: pytest.FixtureRequest) -> Lane:
     isa, kind = request.param
-    return Lane(getattr(load(build_folder, isa), kind), np.float32 if kind.startswith("float32") else np.float64)
+    return Lane(getattr(load(isa), kind), np.dtype(kind.removesuffix("_simd")).type)
 
 
-@pytest.fixture(params=["float32", "float64"])
-def state(build_folder: Path, request: pytest.FixtureRequest) -> Lane:
-    """Scalars only: what merges row states."""
-    return Lane(getattr(load(build_folder, "portable"), request.param), getattr(np, request.param))
+SCALARS = [("portable", "float32"), ("portable", "float64")]
+VECTORS = [(isa, f"{dtype}_simd") for isa in ("portable", "avx2", "avx512") for dtype in ("float32", "float64")]
+lane = pytest.fixture(params=SCALARS + VECTORS, ids="-".join, name="lane")(lane_of)
+scalar = pytest.fixture(params=SCALARS, ids="-".join, name="scalar")(lane_of)  # row states are merged as scalars
 
 
 # ---------------------------------------------------------------- accuracy of functions
 
 
-def relative_errors(values: np.ndarray[Any, Any], exact: list[Any]) -> np.ndarray[Any, Any]:
+def relative_errors(values: Array, exact: list[Any]) -> Array:
     return np.array([float(abs(mpmath.mpf(float(v)) - x) / abs(x)) for v, x in zip(values, exact, strict=True)])
 
 
-def spread(dtype: DType, low: float, high: float) -> np.ndarray[Any, Any]:
+def spread(dtype: DType, low: float, high: float) -> Array:
     """Evenly in the logarithm."""
     return np.exp(np.linspace(math.log(low), math.log(high), 1500)).astype(dtype)
 
 
 def small(dtype: DType) -> float:
-    """Whose square is still a normal number."""
+    """The square of this number is still a normal one."""
     return math.sqrt(float(np.finfo(dtype).smallest_normal)) * 10
 
 
-def exponents(dtype: DType) -> np.ndarray[Any, Any]:
-    """Arguments of 2^x whose result is normal."""
+def exponents(dtype: DType) -> Array:
+    """Arguments of 2^x with a normal result."""
     limit = 126 if dtype is np.float32 else 1022
     halves = np.arange(-limit, limit) + 0.5  # where the rounding to the nearest power of two switches
     grid = spread(dtype, 1e-6, limit)
     return np.clip(np.concatenate([-grid, grid, halves]), -limit, limit).astype(dtype)
 
 
-def gaps(dtype: DType) -> np.ndarray[Any, Any]:
+def gaps(dtype: DType) -> Array:
     return np.concatenate([spread(dtype, small(dtype), 1e4), np.linspace(0.1, 3, 1000)]).astype(dtype)
 
 
-def normal_gaps(dtype: DType) -> np.ndarray[Any, Any]:
-    """Whose ratio is a normal number."""
-    x = gaps(dtype)
-    return x[x < (87 if dtype is np.float32 else 708)]
+def above_minus_one(dtype: DType) -> Array:
+    near_minus_one = dtype(-1) + spread(dtype, float(np.finfo(dtype).eps), 0.5)  # 1 + y is exact
+    reduced = np.linspace(-0.6, 1.2, 1000)  # across the steps of the reduction
+    below_zero, above_zero = -spread(dtype, small(dtype), 0.9), spread(dtype, small(dtype), 1e30)
+    return np.concatenate([below_zero, near_minus_one, above_zero, reduced]).astype(dtype)
 
 
-def above_minus_one(dtype: DType) -> np.ndarray[Any, Any]:
-    return np.concatenate([
-        -spread(dtype, small(dtype), 0.9),
-        dtype(-1) + spread(dtype, float(np.finfo(dtype).eps), 0.5),  # 1 + y is exact
-        spread(dtype, small(dtype), 1e30),
-        np.linspace(-0.6, 1.2, 1000),  # across the steps of the reduction
-    ]).astype(dtype)  # fmt: skip
-
-
-def above_zero(dtype: DType) -> np.ndarray[Any, Any]:
-    y = above_minus_one(dtype)
-    return y[y > 0]
-
-
-def below_zero(dtype: DType) -> np.ndarray[Any, Any]:
-    y = above_minus_one(dtype)
-    return y[y < 0]
-
-
-def positive(dtype: DType) -> np.ndarray[Any, Any]:
+def positive(dtype: DType) -> Array:
     info = np.finfo(dtype)
     near_one = 1 + np.linspace(-0.6, 1.2, 1000)
     return np.concatenate([spread(dtype, float(info.tiny), float(info.max) / 2), near_one]).astype(dtype)
 
 
-class Claim(NamedTuple):
-    """What the head of math.h says."""
-
-    exact: Callable[[Any], Any]
-    arguments: Callable[[DType], np.ndarray[Any, Any]]
-    float32: float = 4e-7
-    float64: float = 1e-15
-    by_argument: bool = False  # and eps |x|
-
-
-def natural(dtype: DType) -> np.ndarray[Any, Any]:
-    return (exponents(dtype) * math.log(2) * 0.999).astype(dtype)
-
-
-def capped(dtype: DType) -> np.ndarray[Any, Any]:
+def capped(dtype: DType) -> Array:
     """On both sides of 0, until the slope is hardly a normal number."""
     grid = spread(dtype, small(dtype), 40)
     return np.concatenate([-grid, grid]).astype(dtype)
 
 
+class Claim(NamedTuple):
+    """The relative error of a function, as the head of math.h promises it, where the exact result is not 0."""
+
+    exact: Callable[[Any], Any]
+    arguments: Callable[[DType], Array]
+    float32: float = 4e-7
+    float64: float = 1e-15
+    by_argument: bool = False  # plus eps |x|
+    where: Callable[[Array], Array] = lambda x: x != 0
+
+
+def has_normal_exp(x: Array) -> Array:
+    return x < (87 if x.dtype == np.float32 else 708)
+
+
 CLAIMS = {
     "exp2": Claim(lambda x: mpmath.power(2, x), exponents),
     "exp2_floored": Claim(lambda x: mpmath.power(2, x), exponents),
-    "exp": Claim(mpmath.exp, natural, by_argument=True),
-    "exp_any": Claim(mpmath.exp, natural, by_argument=True),
-    "log": Claim(mpmath.log, positive),
-    "decay_ratio": Claim(lambda x: mpmath.exp(-x), normal_gaps, by_argument=True),
+    "exp": Claim(mpmath.exp, lambda dtype: exponents(dtype) * math.log(2) * 0.999, by_argument=True),
+    "exp_any": Claim(mpmath.exp, lambda dtype: exponents(dtype) * math.log(2) * 0.999, by_argument=True),
+    "log": Claim(mpmath.log, positive, where=lambda x: x != 1),
+    "decay_ratio": Claim(lambda x: mpmath.exp(-x), gaps, by_argument=True, where=has_normal_exp),
     "decay_expm1": Claim(lambda x: mpmath.expm1(-x), gaps),
     "decay_excess": Claim(lambda x: x + mpmath.expm1(-x), gaps),
     "log1p": Claim(mpmath.log1p, above_minus_one),
-    "log1p_shortfall": Claim(lambda x: x - mpmath.log1p(x), below_zero),
-    "log1p_shortfall above 0": Claim(lambda x: x - mpmath.log1p(x), above_zero, float32=1e-6, float64=2e-15),
+    "log1p_shortfall": Claim(lambda x: x - mpmath.log1p(x), above_minus_one, where=lambda y: y < 0),
+    "log1p_shortfall > 0": Claim(lambda x: x - mpmath.log1p(x), above_minus_one, 1e-6, 2e-15, where=lambda y: y > 0),
     "softcap": Claim(mpmath.tanh, capped),
     "softcap_slope": Claim(lambda x: mpmath.sech(x) ** 2, capped, by_argument=True),
 }
 
 
 @functools.cache
-def exact_values(name: str, dtype: DType) -> tuple[np.ndarray[Any, Any], list[Any]]:
+def exact_values(name: str, dtype: DType) -> tuple[Array, list[Any]]:
     """(arguments, results)"""
-    x = CLAIMS[name].arguments(dtype)
-    x = x[x != (1 if name == "log" else 0)]  # whose result is 0: below
+    x = CLAIMS[name].arguments(dtype).astype(dtype)
+    x = x[CLAIMS[name].where(x)]
     with mpmath.workprec(1100):  # digits for both terms of `excess` where they cancel
         return x, [CLAIMS[name].exact(mpmath.mpf(float(v))) for v in x]
 
@@ -215,8 +174,8 @@ SPECIAL = {
 @pytest.mark.parametrize("function", SPECIAL)
 def test_special_values(lane: Lane, function: str) -> None:
     for argument, result in SPECIAL[function].items():
-        result = lane.tiny if result == "tiny" else lane.dtype(result)
-        np.testing.assert_array_equal(lane(function, [argument]), [result], err_msg=f"{function}({argument})")
+        expected = np.finfo(lane.dtype).smallest_normal if result == "tiny" else lane.dtype(result)
+        np.testing.assert_array_equal(lane(function, [argument]), [expected], err_msg=f"{function}({argument})")
 
 
 def test_subnormal_arguments(lane: Lane) -> None:
@@ -229,7 +188,7 @@ def test_subnormal_arguments(lane: Lane) -> None:
 
 
 def test_signs_and_monotony(lane: Lane) -> None:
-    """What `never negative` rests on."""
+    """Divergences are never negative because of these."""
     x = np.sort(gaps(lane.dtype))
     for function in ("decay_excess", "log1p_shortfall"):
         assert (lane(function, x) >= 0).all()
@@ -242,8 +201,8 @@ def test_signs_and_monotony(lane: Lane) -> None:
 # ---------------------------------------------------------------- columns
 
 
-def columns(dtype: DType) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(log p, log q): gaps from hardly any to wide, both ways, at large and small probabilities."""
+def columns(dtype: DType) -> tuple[Array, Array]:
+    """(log p, log q): gaps from 1e-5 to 25, both ways, at large and small probabilities."""
     generator = np.random.default_rng(0)
     gap = np.exp(np.linspace(math.log(1e-5), math.log(25), 160)) * np.where(np.arange(160) % 2, 1, -1)
     upper = -generator.uniform(0, 12, 160)
@@ -259,15 +218,14 @@ def test_pair(lane: Lane) -> None:
     upper = np.maximum(lp, lq)
     exact = np.exp(upper.astype(np.longdouble))
     assert (np.abs(larger / exact - 1) <= 4 * lane.eps + 0.5 * lane.eps * np.abs(upper)).all()
-    np.testing.assert_allclose(ratio, lane("decay_ratio", gap), rtol=lane.eps)
-    np.testing.assert_allclose(expm1, lane("decay_expm1", gap), rtol=lane.eps)
-    np.testing.assert_allclose(excess, lane("decay_excess", gap), rtol=lane.eps)
+    for value, function in ((ratio, "decay_ratio"), (expm1, "decay_expm1"), (excess, "decay_excess")):
+        np.testing.assert_allclose(value, lane(function, gap), rtol=lane.eps)
 
 
 def test_pair_with_zeros(lane: Lane) -> None:
     lp, lq = np.array([[-INF, -INF], [-INF, -1], [-1, -INF], [-1, -1]], lane.dtype).T
     larger, gap, ratio, expm1, excess, _ = lane.functions.make_pair(lp, lq)
-    assert larger[0] == 0 and gap[0] == expm1[0] == excess[0] == 0, "dead on both sides: a gap of 0, not NaN"
+    assert larger[0] == 0 and gap[0] == expm1[0] == excess[0] == 0, "p = q = 0: a gap of 0, not NaN"
     assert (ratio == [1, 0, 0, 1]).all()
     assert (gap[1:3] == INF).all() and (expm1[1:3] == -1).all() and (excess[1:3] == INF).all()
     assert gap[3] == expm1[3] == excess[3] == 0
@@ -284,19 +242,15 @@ def exact_columns(divergence: Divergence, dtype: DType) -> Any:
             return TERMS[divergence.name](p, q, parameter)
 
         points = [(mpmath.mpf(float(p)), mpmath.mpf(float(q))) for p, q in zip(lp, lq, strict=True)]
-        step = mpmath.mpf(10) ** -14
-        rows = [
-            (formula(*at), mpmath.diff(formula, at, (0, 1), h=step), mpmath.diff(formula, at, (1, 0), h=step))
-            for at in points
-        ]
+        step, orders = mpmath.mpf(10) ** -14, ((0, 0), (0, 1), (1, 0))
+        rows = [[mpmath.diff(formula, at, order, h=step) for order in orders] for at in points]
         return np.array(rows, dtype=object).T
 
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, *LOPSIDED], ids=str)
 def test_divergence(lane: Lane, divergence: Divergence) -> None:
     lp, lq = columns(lane.dtype)
-    computed = lane.functions.divergence(divergence.name, divergence.parameter or 0.0, lp, lq)
-    expected = exact_columns(divergence, lane.dtype)
+    computed, expected = lane.divergence(divergence, lp, lq), exact_columns(divergence, lane.dtype)
     for name, values, exact in zip(("term", "g_q", "g_p"), computed, expected, strict=True):
         errors = relative_errors(values, list(exact))
         allowed = lane.eps * (20 + np.abs(np.minimum(lp, lq)))  # exp's error grows with its argument
@@ -307,46 +261,44 @@ def test_divergence(lane: Lane, divergence: Divergence) -> None:
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, *LOPSIDED, *ENDPOINTS], ids=str)
 def test_terms_are_not_negative_and_0_at_equality(lane: Lane, divergence: Divergence) -> None:
-    name, parameter = divergence.name, divergence.parameter or 0.0
     lp = np.concatenate([np.tile(columns(lane.dtype)[0], 20), -np.linspace(0, 80, 3000)]).astype(lane.dtype)
     generator = np.random.default_rng(1)
     gap = generator.normal(size=lp.size) * np.exp(generator.uniform(-20, 4, lp.size))
     lq = np.minimum(lp - gap, 0).astype(lane.dtype)
-    term, grad_q, grad_p = lane.functions.divergence(name, parameter, lp, lq)
+    term, grad_q, grad_p = lane.divergence(divergence, lp, lq)
     assert (term >= 0).all()
-    # p dl/dp + q dl/dq = l: a term is homogeneous in p and q.
+    # A term is homogeneous in p and q, so p dl/dp + q dl/dq = l.
     size = np.exp(np.maximum(lp, lq)) * (1 + np.abs(lp - lq))
     assert (np.abs(grad_q + grad_p - term) <= 20 * lane.eps * size).all()
-    for values in lane.functions.divergence(name, parameter, lp, lp):
+    for values in lane.divergence(divergence, lp, lp):
         assert not values.any()
 
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, *LOPSIDED, *ENDPOINTS], ids=str)
 def test_zeros(lane: Lane, divergence: Divergence) -> None:
-    """Both dead: nothing at all. One dead: the limit of the formula, never NaN."""
-    name, parameter = divergence.name, divergence.parameter or 0.0
-    dead = np.full(3, -INF, lane.dtype)
-    for values in lane.functions.divergence(name, parameter, dead, dead):
+    """p = q = 0: nothing at all. One of them 0: the limit of the formula, never NaN."""
+    zero = np.full(3, -INF, lane.dtype)
+    for values in lane.divergence(divergence, zero, zero):
         assert not values.any() and not np.isnan(values).any()
-    alive = np.array([-0.5, -3, -20], lane.dtype)
-    for lp, lq in ((alive, dead), (dead, alive)):
-        limit = lane.functions.divergence(name, parameter, lp, lq)
-        near = lane.functions.divergence(name, parameter, np.maximum(lp, -1e6), np.maximum(lq, -1e6))
-        assert not np.isnan(limit).any()
-        for value, beside in zip(limit, near, strict=True):
-            finite = np.isfinite(value)
-            np.testing.assert_allclose(value[finite], beside[finite], rtol=0.01, atol=1e-12)
+    positive = np.array([-0.5, -3, -20], lane.dtype)
+    for lp, lq in ((positive, zero), (zero, positive)):
+        limits = lane.divergence(divergence, lp, lq)
+        nearby = lane.divergence(divergence, np.maximum(lp, -1e6), np.maximum(lq, -1e6))
+        for limit, near in zip(limits, nearby, strict=True):
+            assert not np.isnan(limit).any()
+            finite = np.isfinite(limit)
+            np.testing.assert_allclose(limit[finite], near[finite], rtol=0.01, atol=1e-12)
             # Infinite only where it grows with the gap.
-            assert (np.abs(beside[~finite]) > 900 * np.exp(alive[~finite])).all()
+            assert (np.abs(near[~finite]) > 900 * np.exp(positive[~finite])).all()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_next_to_their_ends(lane: Lane, name: str) -> None:
-    """However near: no sign is lost, and nothing becomes NaN."""
+    """No sign is lost, and nothing becomes NaN."""
     lp, lq = columns(lane.dtype)
     lp, lq = np.append(lp, [-INF, -1, -INF]).astype(lane.dtype), np.append(lq, [-1, -INF, -INF]).astype(lane.dtype)
     for parameter in (1e-30, 1e-9, 1e-4, 1 - 1e-4, 1 - 1e-9, 1 - 2**-53):
-        term, grad_q, grad_p = lane.functions.divergence(name, parameter, lp, lq)
+        term, grad_q, grad_p = lane.divergence(Divergence(name, parameter), lp, lq)
         for values in (term, grad_q, grad_p):
             assert not np.isnan(values).any(), parameter
         assert (term >= 0).all(), parameter
@@ -355,65 +307,62 @@ def test_parameters_next_to_their_ends(lane: Lane, name: str) -> None:
 # ---------------------------------------------------------------- the state of a row
 
 
-def log_sum_exp(state: Lane, logits: np.ndarray[Any, Any], inverse_temperature: float) -> tuple[float, float]:
-    """A state as a kernel would make it of a few logits."""
+def log_sum_exp(logits: Array, inverse_temperature: float) -> tuple[float, float]:
+    """The state (maximum, sum) that a kernel makes of a few logits."""
     maximum = float(logits.max())
     offset = maximum if maximum > -INF else 0.0
     return maximum, float(np.exp((logits.astype(float) - offset) * inverse_temperature).sum())
 
 
 @pytest.mark.parametrize("inverse_temperature", [1.0, 0.25, 2.0])
-def test_merge(state: Lane, inverse_temperature: float) -> None:
-    """In any order and grouping the log-sum-exp of all; a part of nothing but -inf adds nothing."""
+def test_merge(scalar: Lane, inverse_temperature: float) -> None:
+    """The order and grouping of merges do not matter; a part with only -inf adds nothing."""
     generator = np.random.default_rng(0)
 
     def merge(*parts: tuple[float, float]) -> tuple[float, float]:
-        return state.functions.merge(*parts, inverse_temperature)
+        return scalar.functions.merge(*parts, inverse_temperature)
 
     for scale in (1.0, 30.0, 1000.0):
-        logits = (generator.normal(size=(3, 5)) * scale).astype(state.dtype)
-        a, b, c = (log_sum_exp(state, row, inverse_temperature) for row in logits)
-        nothing = log_sum_exp(state, np.full(5, -INF), inverse_temperature)
+        logits = (generator.normal(size=(3, 5)) * scale).astype(scalar.dtype)
+        a, b, c = (log_sum_exp(row, inverse_temperature) for row in logits)
+        nothing = log_sum_exp(np.full(5, -INF), inverse_temperature)
         merged = [
             merge(merge(a, b), c),
             merge(a, merge(b, c)),
             merge(merge(c, a), b),
             merge(merge(merge(nothing, a), c), merge(b, nothing)),
         ]
-        expected = log_sum_exp(state, logits.flatten(), inverse_temperature)
+        expected = log_sum_exp(logits.flatten(), inverse_temperature)
         for maximum, total in merged:
             assert maximum == expected[0]
-            # exp's error grows with its argument, but only where what it gives is small
-            np.testing.assert_allclose(total, expected[1], rtol=40 * state.eps)
-    rounded = merge(a, a)[0], float(state.dtype(a[1]))
+            # exp's error grows with its argument, but only where its result is small
+            np.testing.assert_allclose(total, expected[1], rtol=40 * scalar.eps)
+    rounded = merge(a, a)[0], float(scalar.dtype(a[1]))
     assert merge(a, nothing) == merge(nothing, a) == rounded, "to the bit"
     assert merge(a, b) == merge(b, a), "to the bit"
 
 
 @pytest.mark.parametrize("broken", [(NAN, 1.0), (1.0, NAN), (INF, NAN)], ids=str)
-def test_merge_keeps_nan(state: Lane, broken: tuple[float, float]) -> None:
+def test_merge_keeps_nan(scalar: Lane, broken: tuple[float, float]) -> None:
     for pair in ((broken, (2.0, 3.0)), ((2.0, 3.0), broken)):
-        assert math.isnan(state.functions.merge(*pair, 1.0)[1])
+        assert math.isnan(scalar.functions.merge(*pair, 1.0)[1])
 
 
-def test_row_constants(state: Lane) -> None:
+def test_row_constants(scalar: Lane) -> None:
     teacher, student = (5.0, 3.0), (2.0, 7.0)
-    values = state.functions.row_constants(teacher, student)
-    np.testing.assert_allclose(values, [5, math.log2(3), 2, math.log2(7), math.log(3 / 7)], rtol=4 * state.eps)
+    values = scalar.functions.row_constants(teacher, student)
+    np.testing.assert_allclose(values, [5, math.log2(3), 2, math.log2(7), math.log(3 / 7)], rtol=4 * scalar.eps)
     # Nearly equal sums: the logarithm of their ratio, not the difference of two logarithms.
-    near = 1000.0 * (1 + 4 * state.eps)
-    log_ratio = state.functions.row_constants((1.0, near), (1.0, 1000.0))[4]
-    np.testing.assert_allclose(log_ratio, math.log(float(state.dtype(near)) / 1000.0), rtol=0, atol=state.eps)
-    assert state.functions.row_constants(teacher, teacher)[4] == 0
+    near = 1000.0 * (1 + 4 * scalar.eps)
+    log_ratio = scalar.functions.row_constants((1.0, near), (1.0, 1000.0))[4]
+    np.testing.assert_allclose(log_ratio, math.log(float(scalar.dtype(near)) / 1000.0), rtol=0, atol=scalar.eps)
+    assert scalar.functions.row_constants(teacher, teacher)[4] == 0
 
 
-def test_row_without_mass_is_nan(state: Lane) -> None:
+def test_row_without_mass_is_nan(scalar: Lane) -> None:
     nothing, something = (-INF, 0.0), (1.0, 2.0)
-    assert math.isnan(state.functions.row_constants(nothing, something)[1])
-    assert math.isnan(state.functions.row_constants(something, nothing)[3])
-
-
-# ---------------------------------------------------------------- the library without torch
+    assert math.isnan(scalar.functions.row_constants(nothing, something)[1])
+    assert math.isnan(scalar.functions.row_constants(something, nothing)[3])
 
 
 @pytest.mark.slow  # compiles the kernels once more

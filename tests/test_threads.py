@@ -1,7 +1,6 @@
 """The CPU kernels without torch, called from several threads at once, under the thread sanitizer."""
 
-from __future__ import annotations
-
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,29 +9,24 @@ from builds import build, run
 from oracle import need_isa
 
 FLAGS = "-O1 -g1 -fsanitize=thread -Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns of its own header
+Command = list[str | Path]
 
 
 @pytest.fixture(scope="module")
-def program() -> Path:
+def command() -> Command:
+    """At fixed addresses if possible: older sanitizers stop where addresses are as random as in newer Linux."""
     options = ("-DKLDIV_THREADS=ON", "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={FLAGS}")
-    return build("threads", "threads", *options) / "threads"
-
-
-@pytest.fixture
-def fixed_addresses() -> list[str]:
-    """Sanitizers of older compilers stop where addresses are as random as newer Linux makes them."""
-    try:
-        return ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
-    except FileNotFoundError:
-        return []
+    program = build("threads", "threads", *options) / "threads"
+    fixed = shutil.which("setarch") and subprocess.run(["setarch", "-R", "true"]).returncode == 0
+    return ["setarch", "-R", program] if fixed else [program]
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_no_races_and_the_bits_of_one_thread(program: Path, fixed_addresses: list[str], isa: str) -> None:
+def test_no_races_and_the_bits_of_one_thread(command: Command, isa: str) -> None:
     need_isa(isa)
-    assert run(*fixed_addresses, program, KLDIV_EXT_CPU_ISA=isa) == f"{isa}\n"
+    assert run(*command, KLDIV_EXT_CPU_ISA=isa) == f"{isa}\n"
 
 
-def test_a_race_is_noticed(program: Path, fixed_addresses: list[str]) -> None:
-    result = subprocess.run([*fixed_addresses, program, "faulty"], capture_output=True, text=True)
+def test_a_race_is_noticed(command: Command) -> None:
+    result = subprocess.run([*command, "faulty"], capture_output=True, text=True)
     assert result.returncode != 0 and "ThreadSanitizer: data race" in result.stderr

@@ -1,155 +1,254 @@
-// The kernels' entry points for ctypes. Each returns null or what went wrong.
-#include <algorithm>
-#include <initializer_list>
-#include <iterator>
-#include <stdexcept>
+// The emulated kernels as a Python module, called with torch's CPU tensors, and what tests want to know of their parts.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "args.h"
 #include "cuda/launch.h"
 #include "cuda/shapes.h"
+#include "cuda/team.h"
 #include "fibers.h"
+#include "row_state.h"
+
+namespace py = pybind11;
 
 namespace {
 
-using kldiv::LogitsGradient;
-using kldiv::Matrix;
-using kldiv::Output;
+using namespace kldiv;
+using cuda::Team;
+using device::Shape;
 
-template <typename Function>
-const char* message_of(const Function& function) {
-  static std::string message;
-  try {
-    function();
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
+// ---------------------------------------------------------------- tensors
+
+template <typename T = void>
+T* data(const py::object& tensor) {
+  return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
+// A value by its name.
+template <typename Value>
+Value named(const std::string& name, std::initializer_list<std::pair<const char*, Value>> values) {
+  for (const auto& [known, value] : values) {
+    if (name == known) return value;
   }
-  return nullptr;
+  throw std::invalid_argument(name);
+}
+
+Dtype dtype(const py::object& tensor) {
+  return named<Dtype>(py::str(tensor.attr("dtype")), {{"torch.float64", Dtype::kFloat64},
+                                                      {"torch.float32", Dtype::kFloat32},
+                                                      {"torch.float16", Dtype::kFloat16},
+                                                      {"torch.bfloat16", Dtype::kBFloat16}});
+}
+
+// `flat`: a contiguous tensor is a single row.
+Matrix matrix(const py::object& tensor, bool flat = false) {
+  if (tensor.is_none()) return {};
+  Matrix result{data(tensor), dtype(tensor), {}};
+  const auto sizes = tensor.attr("shape").cast<std::vector<int64_t>>();
+  const auto strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
+  if (sizes.empty()) result.layout.column_stride = 0;
+  if (sizes.empty() || flat) return result;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    result.layout.sizes[result.layout.dims] = sizes[d];
+    result.layout.strides[result.layout.dims++] = strides[d];
+  }
+  result.layout.column_stride = strides.back();
+  return result;
+}
+
+Output output(const py::object& tensor) { return tensor.is_none() ? Output() : Output{data(tensor), dtype(tensor)}; }
+
+LogitsGradient gradient(const py::object& tensor) {
+  if (tensor.is_none()) return {};
+  return {output(tensor), matrix(tensor).layout, tensor.attr("shape").attr("__getitem__")(-1).cast<int64_t>()};
+}
+
+// An output by its name, or None.
+py::object find(const py::dict& outputs, const char* name) { return outputs.attr("get")(name); }
+
+void set_logits(LogitsArgs& args, const py::object& student, const py::object& teacher, int64_t columns,
+                double temperature, std::pair<double, double> scales, std::pair<double, double> softcaps,
+                const py::object& labels, const py::object& row_scale) {
+  args.student = matrix(student);
+  args.teacher = matrix(teacher);
+  const auto sizes = student.attr("shape").cast<std::vector<int64_t>>();
+  args.rows = 1;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) args.rows *= sizes[d];
+  args.columns = columns > 0 ? columns : sizes.back();
+  args.temperature = temperature;
+  std::tie(args.student_scale, args.teacher_scale) = scales;
+  std::tie(args.student_cap, args.teacher_cap) = softcaps;
+  args.labels = data<int64_t>(labels);
+  args.row_scale = data(row_scale);
+}
+
+// ---------------------------------------------------------------- a kernel that tests team.h
+
+// Lets the next sum of a team use the room of the last one. That is private: only a template argument may name it.
+template <typename Team, int Team::* kTurn>
+struct Rooms {
+  friend void keep_room(Team& team) { team.*kTurn = 1 - team.*kTurn; }
+};
+void keep_room(Team<false>&);
+void keep_room(Team<true>&);
+template struct Rooms<Team<false>, &Team<false>::turn_>;
+template struct Rooms<Team<true>, &Team<true>::turn_>;
+
+constexpr int kTeams = 2, kTeamThreads = 256;  // threads in each of a team's blocks
+
+// Two sums, one after the other: of 1, then of the first sum plus the thread's number.
+template <bool kCluster>
+KLDIV_KERNEL(kTeamThreads, 1)
+two_sums(int blocks, unsigned char* memory, bool in_one_room, double* out) {
+  Team<kCluster> team(kTeamThreads, blocks, memory);
+  if (team.index() >= kTeams) emulation::fail("there is no such team");
+  device::dynamic_shared()[team.shared_bytes() + device::thread()] = 0;  // overwrites what the constructor exchanged
+  const double first = team.all(1.0, cuda::Sum());
+  if (in_one_room) keep_room(team);
+  out[device::block() * kTeamThreads + device::thread()] = team.all(first + team.thread(), cuda::Sum());
+}
+
+// Of teams of so many blocks each; every thread's result in `out`.
+void launch_two_sums(int blocks, bool in_one_room, const py::object& out) {
+  const int warps = blocks * kTeamThreads / device::kWarp;
+  const size_t shared = static_cast<size_t>(cuda::exchange_bytes(warps)) + kTeamThreads;
+  std::vector<unsigned char> memory(cuda::meeting_bytes(kTeams, warps));
+  device::launch(blocks > 1 ? two_sums<true> : two_sums<false>, {kTeams * blocks, kTeamThreads, blocks, shared},
+                 nullptr, blocks, memory.data(), in_one_room, data<double>(out));
+}
+
+// ---------------------------------------------------------------- parts of the kernels
+
+// Functions of csrc/cuda/units.h: Decay's ratio, expm1 and excess of |x|, Log1p's value and shortfall of x, and a
+// column's p - q and p (log p - log q) - p + q where log p is 0 and log q is -x.
+std::vector<float> units(float x) {
+  const Decay<float> decay(absolute(x));
+  const Log1p<float> logarithm(x);
+  const Pair<float> pair(x, 0, static_cast<float>(-x * kLog2E));
+  return {decay.ratio,         decay.expm1,       decay.excess,         logarithm.value,
+          logarithm.shortfall, pair.difference(), pair.teacher_excess()};
+}
+
+// For rows in shared memory: blocks, threads, blocks per cluster and bytes of shared memory; 0 blocks where rows are
+// streamed.
+std::tuple<int64_t, int, int, size_t> resident_shape(int64_t rows, int64_t columns, const py::object& dtype) {
+  const auto scalar_bytes = dtype.attr("itemsize").cast<size_t>();
+  const auto active = [](const Shape& shape) { return device::active_clusters(resident_shape, shape); };
+  const auto [blocks, threads, cluster, bytes] =
+      cuda::resident_shape(device::properties(), rows, columns, scalar_bytes, active);
+  return {blocks, threads, cluster, bytes};
+}
+
+// For streamed rows: blocks, threads, threads of a block that share a row, blocks that share a row. `sums`: whether
+// anything is summed over a row.
+std::tuple<int64_t, int, int, int> row_shape(int64_t rows, int64_t columns, const py::object& dtype, bool sums) {
+  const bool wide = dtype.attr("itemsize").cast<size_t>() == sizeof(double);
+  const auto [launch, width, per_row] =
+      cuda::row_shape(rows, columns, wide ? cuda::kMaxSlowRowThreads : cuda::kMaxRowThreads, sums);
+  return {launch.blocks, launch.threads, width, per_row};
 }
 
 }  // namespace
 
-extern "C" {
+PYBIND11_MODULE(emulation_kernels, m) {
+  using namespace py::literals;
+  using Factors = std::pair<double, double>;
+  constexpr Factors kOnes{1, 1}, kZeros{0, 0};
+  const py::none none;
 
-void emulated_set_order(int order, uint32_t seed) {
-  kldiv::emulation::set_order(static_cast<kldiv::emulation::Order>(order), seed);
-}
+  m.attr("ROW_CONSTANTS") = RowConstants<float>::kCount;
+  m.attr("ROW_STATS") = RowStats<float>::kCount;
 
-void emulated_set_device(int compute_capability, int multiprocessors, int64_t shared_bytes_per_block, bool clusters) {
-  kldiv::emulation::set_properties(
-      {compute_capability, multiprocessors, static_cast<size_t>(shared_bytes_per_block), clusters});
-}
+  m.def("set_order", [](const std::string& order, uint32_t seed) {
+    using emulation::Order;
+    const auto value = named<Order>(
+        order, {{"ascending", Order::kAscending}, {"descending", Order::kDescending}, {"random", Order::kRandom}});
+    emulation::set_order(value, seed);
+  });
+  m.def("skip", [](const std::string& primitive, int call) {
+    using emulation::Primitive;
+    const auto value = named<Primitive>(primitive, {{"", Primitive::kNone},
+                                                    {"barrier", Primitive::kBarrier},
+                                                    {"cluster_barrier", Primitive::kClusterBarrier},
+                                                    {"arrive", Primitive::kArrive},
+                                                    {"await", Primitive::kAwait}});
+    emulation::skip(value, call);
+  });
+  m.def("set_device", [](int compute_capability, int multiprocessors, size_t shared_bytes_per_block, bool clusters) {
+    emulation::set_properties({compute_capability, multiprocessors, shared_bytes_per_block, clusters});
+  });
 
-// Of csrc/cuda/units.h, for n numbers: Decay's ratio, expm1 and excess of |x|, Log1p's value and shortfall of x, and a
-// column's p - q and p (log p - log q) - p + q where log p is 0 and log q is -x.
-void emulated_units(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i, out += 7) {
-    const kldiv::Decay<float> decay(kldiv::absolute(x[i]));
-    const kldiv::Log1p<float> logarithm(x[i]);
-    const kldiv::Pair<float> pair(x[i], 0, static_cast<float>(-x[i] * kldiv::kLog2E));
-    const float all[] = {decay.ratio,         decay.expm1,       decay.excess,         logarithm.value,
-                         logarithm.shortfall, pair.difference(), pair.teacher_excess()};
-    std::copy(std::begin(all), std::end(all), out);
-  }
-}
+  m.def("two_sums", launch_two_sums);
+  m.def("units", units);
+  m.def("resident_shape", resident_shape);
+  m.def("row_shape", row_shape, "rows"_a, "columns"_a, "dtype"_a, "sums"_a = true);
 
-// What a launch over so many rows looks like on the present device: blocks, threads, cluster, bytes of shared memory.
-void emulated_resident_shape(int64_t rows, int64_t columns, int64_t scalar_bytes, int64_t* shape) {
-  const auto active = [](const auto& shape) { return kldiv::device::active_clusters(emulated_resident_shape, shape); };
-  const auto [blocks, threads, cluster, bytes] = kldiv::cuda::resident_shape(kldiv::device::properties(), rows, columns,
-                                                                             static_cast<size_t>(scalar_bytes), active);
-  std::copy_n(std::initializer_list<int64_t>{blocks, threads, cluster, static_cast<int64_t>(bytes)}.begin(), 4, shape);
-}
-// And, where rows are streamed: blocks, threads, how many threads of a block share a row, and how many blocks.
-void emulated_row_shape(int64_t rows, int64_t columns, bool wide, bool sums, int64_t* shape) {
-  const auto [launch, width, per_row] =
-      kldiv::cuda::row_shape(rows, columns, wide ? kldiv::cuda::kMaxSlowRowThreads : kldiv::cuda::kMaxRowThreads, sums);
-  std::copy_n(std::initializer_list<int64_t>{launch.blocks, launch.threads, width, per_row}.begin(), 4, shape);
-}
+  m.def(
+      "distillation",
+      [](const py::object& student, const py::object& teacher, const py::dict& outputs,
+         std::pair<bool, bool> needs_grad, const py::object& grad_output, const std::string& divergence,
+         double parameter, double scale, double hard_scale, int64_t valid_vocab, double temperature,
+         Factors logit_scale, Factors logit_softcap, const py::object& labels, const py::object& row_scale) {
+        DistillationArgs args;
+        set_logits(args, student, teacher, valid_vocab, temperature, logit_scale, logit_softcap, labels, row_scale);
+        if (scale != 0) args.divergence = divergence;  // as csrc/operators.h does
+        args.parameter = parameter;
+        args.soft_scale = scale;
+        args.hard_scale = hard_scale;
+        args.grad_output = data(grad_output);
+        args.grad_output_stride = grad_output.is_none() ? 0 : grad_output.attr("dim")().cast<int64_t>();
+        args.wanted = {needs_grad.first, needs_grad.second};
+        args.grad_student = gradient(find(outputs, "grad_student"));
+        args.grad_teacher = gradient(find(outputs, "grad_teacher"));
+        args.row_constants = data(outputs["row_constants"]);
+        args.row_loss = data(find(outputs, "row_loss"));
+        args.loss = data(find(outputs, "loss"));
+        std::vector<unsigned char> scratch(cuda::distillation_scratch(args.columns), 0xff);
+        if (!scratch.empty()) args.scratch = scratch.data();
+        cuda::distillation(args, nullptr);
+      },
+      "student"_a, "teacher"_a, "outputs"_a, "needs_grad"_a, "grad_output"_a, "divergence"_a, "parameter"_a,
+      "scale"_a = 1.0, "hard_scale"_a = 0.0, "valid_vocab"_a = 0, "temperature"_a = 1.0, "logit_scale"_a = kOnes,
+      "logit_softcap"_a = kZeros, "labels"_a = none, "row_scale"_a = none);
 
-const char* emulated_distillation(const Matrix* student, const Matrix* teacher, const LogitsGradient* grad_student,
-                                  const LogitsGradient* grad_teacher, int wants_student, int wants_teacher,
-                                  int64_t rows, int64_t columns, const char* divergence, double parameter,
-                                  double temperature, double scale, double hard_scale, double student_scale,
-                                  double teacher_scale, double student_cap, double teacher_cap, const int64_t* labels,
-                                  const void* row_scale, const void* grad_output, int64_t grad_output_stride,
-                                  void* row_constants, void* row_loss, void* loss) {
-  kldiv::DistillationArgs args;
-  args.student = *student;
-  args.teacher = *teacher;
-  args.grad_student = *grad_student;
-  args.grad_teacher = *grad_teacher;
-  args.wanted = {wants_student != 0, wants_teacher != 0};
-  args.rows = rows;
-  args.columns = columns;
-  args.divergence = divergence;
-  args.parameter = parameter;
-  args.temperature = temperature;
-  args.soft_scale = scale;
-  args.hard_scale = hard_scale;
-  args.student_scale = student_scale;
-  args.teacher_scale = teacher_scale;
-  args.student_cap = student_cap;
-  args.teacher_cap = teacher_cap;
-  args.labels = labels;
-  args.row_scale = row_scale;
-  args.grad_output = grad_output;
-  args.grad_output_stride = grad_output_stride;
-  args.row_constants = row_constants;
-  args.row_loss = row_loss;
-  args.loss = loss;
-  std::vector<unsigned char> scratch(kldiv::cuda::distillation_scratch(columns), 0xff);
-  if (!scratch.empty()) args.scratch = scratch.data();
-  return message_of([&] { kldiv::cuda::distillation(args, nullptr); });
-}
+  m.def(
+      "token_stats",
+      [](const py::object& student, const py::object& teacher, const py::object& labels, const py::object& row_scale,
+         const py::object& stats, double temperature, Factors logit_scale, Factors logit_softcap) {
+        TokenStatsArgs args;
+        set_logits(args, student, teacher, 0, temperature, logit_scale, logit_softcap, labels, row_scale);
+        args.row_stats = data(stats);
+        cuda::token_stats(args, nullptr);
+      },
+      "student"_a, "teacher"_a, "labels"_a, "row_scale"_a, "stats"_a, "temperature"_a = 1.0, "logit_scale"_a = kOnes,
+      "logit_softcap"_a = kZeros);
 
-const char* emulated_token_stats(const Matrix* student, const Matrix* teacher, int64_t rows, int64_t columns,
-                                 double temperature, double student_scale, double teacher_scale, double student_cap,
-                                 double teacher_cap, const int64_t* labels, const void* row_scale, void* row_stats) {
-  kldiv::TokenStatsArgs args;
-  args.student = *student;
-  args.teacher = *teacher;
-  args.rows = rows;
-  args.columns = columns;
-  args.temperature = temperature;
-  args.student_scale = student_scale;
-  args.teacher_scale = teacher_scale;
-  args.student_cap = student_cap;
-  args.teacher_cap = teacher_cap;
-  args.labels = labels;
-  args.row_scale = row_scale;
-  args.row_stats = row_stats;
-  return message_of([&] { kldiv::cuda::token_stats(args, nullptr); });
-}
+  m.def("pointwise_partials", [](int64_t count) { return cuda::pointwise_partials(1, count); });
+  m.def("pointwise", [](const py::object& input, const py::object& target, const py::object& grad_output,
+                        bool log_target, double scale, bool flat, int64_t columns, const py::dict& outputs) {
+    PointwiseArgs args;
+    args.columns = columns;
+    args.rows = columns > 0 ? target.attr("numel")().cast<int64_t>() / columns : 0;
+    args.input = matrix(input, flat);
+    args.target = matrix(target, flat);
+    args.grad_output = matrix(grad_output, flat);
+    args.log_target = log_target;
+    args.scale = scale;
+    args.output = output(find(outputs, "terms"));
+    args.loss = data(find(outputs, "loss"));
+    args.partials = data(find(outputs, "partials"));
+    args.grad_input = output(find(outputs, "grad_input"));
+    args.grad_target = output(find(outputs, "grad_target"));
+    cuda::pointwise(args, nullptr);
+  });
 
-const char* emulated_pointwise(const Matrix* input, const Matrix* target, bool log_target, int64_t rows,
-                               int64_t columns, double scale, const Output* output, void* loss, void* partials,
-                               const Matrix* grad_output, const Output* grad_input, const Output* grad_target) {
-  kldiv::PointwiseArgs args;
-  args.input = *input;
-  args.target = *target;
-  args.log_target = log_target;
-  args.rows = rows;
-  args.columns = columns;
-  args.scale = scale;
-  args.output = *output;
-  args.loss = loss;
-  args.partials = partials;
-  args.grad_output = *grad_output;
-  args.grad_input = *grad_input;
-  args.grad_target = *grad_target;
-  return message_of([&] { kldiv::cuda::pointwise(args, nullptr); });
+  m.def("scale_", [](const py::object& gradient, const py::object& factor) {
+    cuda::scale({output(gradient), gradient.attr("numel")().cast<int64_t>(), data(factor), dtype(factor)}, nullptr);
+  });
 }
-
-int64_t emulated_pointwise_partials(int64_t rows, int64_t columns) {
-  return kldiv::cuda::pointwise_partials(rows, columns);
-}
-
-const char* emulated_scale(const Output* gradient, int64_t count, const void* factor, int32_t factor_dtype) {
-  return message_of(
-      [&] { kldiv::cuda::scale({*gradient, count, factor, static_cast<kldiv::Dtype>(factor_dtype)}, nullptr); });
-}
-
-}  // extern "C"

@@ -46,6 +46,7 @@ struct Fiber {
   void* value = nullptr;  // of the shuffle it waits in
   size_t size = 0;
   int lanes = 0, width = 0;
+  int calls = 0;  // so far, of the primitive of which one call is skipped
   struct Copy {
     void* to;
     const void* from;
@@ -56,6 +57,7 @@ struct Fiber {
   void restart() {
     state = kReady;
     started = false;
+    calls = 0;
     copies.clear();
     groups.clear();
   }
@@ -112,11 +114,15 @@ void begin(jmp_buf& here, const Stack& stack, void (*function)()) {
   getcontext(&context);
   context.uc_stack.ss_sp = stack.bytes.get();
   context.uc_stack.ss_size = Stack::kBytes;
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack.bytes.get(), Stack::kBytes);  // a run that failed left its frames there
-#endif
   makecontext(&context, function, 0);
   if (_setjmp(here) == 0) setcontext(&context);
+}
+
+// Tells the address sanitizer that nothing on a stack is in use.
+void announce_empty([[maybe_unused]] const Stack& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bytes.get(), Stack::kBytes);
+#endif
 }
 
 // Tells the address sanitizer that execution moves to another stack. `kept` belongs to the stack that is left; null
@@ -140,11 +146,19 @@ class Machine {
     random_.seed(seed);
   }
 
+  void skip(Primitive primitive, int call) {
+    skipped_primitive_ = primitive;
+    skipped_call_ = call;
+  }
+
   void set_properties(const Properties& properties) { properties_ = properties; }
   const Properties& properties() const { return properties_; }
 
   void run(const Shape& shape, const std::function<void()>& body) {
     check(shape);
+    if (std::exchange(incomplete_, true)) {  // the last run failed and left frames on its stacks
+      for (const auto& fiber : fibers_) announce_empty(fiber->stack);
+    }
     body_ = &body;
     shared_bytes_ = shape.shared_bytes;
     position_ = {0, shape.blocks, 0, shape.threads, 0, shape.cluster};
@@ -152,6 +166,7 @@ class Machine {
       fibers_.push_back(std::make_unique<Fiber>());
     }
     for (const int64_t cluster : ordered(shape.blocks / shape.cluster)) run_cluster(cluster * shape.cluster);
+    incomplete_ = false;
   }
 
   const Position& position() const { return position_; }
@@ -165,16 +180,21 @@ class Machine {
     finish_switch(kept, &main_stack_, &main_stack_size_);
   }
 
+  void barrier() {
+    if (!skips(Primitive::kBarrier)) wait(kAtBarrier);
+  }
   void cluster_barrier() {
     if (!properties_.clusters) fail("the device has no clusters");
-    wait(kAtClusterBarrier);
+    if (!skips(Primitive::kClusterBarrier)) wait(kAtClusterBarrier);
   }
 
   void arrive(uint32_t* count) {
+    if (skips(Primitive::kArrive)) return;
     ++*count;
     counted_ = true;
   }
   void await(const uint32_t* count, uint32_t target) {
+    if (skips(Primitive::kAwait)) return;
     while (static_cast<int32_t>(*count - target) < 0) wait(kAtCount);
   }
 
@@ -255,6 +275,9 @@ class Machine {
                              " threads in clusters of " + std::to_string(cluster) + " with " +
                              std::to_string(shared_bytes) + " bytes of dynamic shared memory");
   }
+
+  // Whether the running thread's present call of a primitive does nothing.
+  bool skips(Primitive primitive) { return primitive == skipped_primitive_ && running_->calls++ == skipped_call_; }
 
   Block& block() { return blocks_[position_.rank]; }
   Fiber& fiber(int rank, int thread) { return *fibers_[rank * position_.threads + thread]; }
@@ -408,6 +431,8 @@ class Machine {
   Order order_ = Order::kAscending;
   std::mt19937 random_;
   Properties properties_ = kDefaultProperties;
+  Primitive skipped_primitive_ = Primitive::kNone;
+  int skipped_call_ = 0;
   Position position_{};
   size_t shared_bytes_ = 0;
   const std::function<void()>* body_ = nullptr;
@@ -416,6 +441,7 @@ class Machine {
   Fiber* running_ = nullptr;
   bool counted_ = false;  // whether a thread has, since its block was last resumed
   const char* failure_ = nullptr;
+  bool incomplete_ = false;  // whether a run began and did not end
   jmp_buf main_;
   const void* main_stack_ = nullptr;
   size_t main_stack_size_ = 0;
@@ -436,10 +462,11 @@ void set_properties(const Properties& properties) { machine.set_properties(prope
 const Properties& properties() { return machine.properties(); }
 void run(const Shape& shape, const std::function<void()>& body) { machine.run(shape, body); }
 const Position& position() { return machine.position(); }
-void barrier() { machine.wait(kAtBarrier); }
+void barrier() { machine.barrier(); }
 void cluster_barrier() { machine.cluster_barrier(); }
 void arrive(uint32_t* count) { machine.arrive(count); }
 void await(const uint32_t* count, uint32_t target) { machine.await(count, target); }
+void skip(Primitive primitive, int call) { machine.skip(primitive, call); }
 void shuffle(void* value, size_t size, int lanes, int width) { machine.shuffle(value, size, lanes, width); }
 void* shared(const void* name, size_t size, size_t alignment) { return machine.shared(name, size, alignment); }
 void* dynamic_shared() { return machine.dynamic_shared(); }

@@ -56,6 +56,11 @@ void cluster_barrier();
 void arrive(uint32_t* count);
 void await(const uint32_t* count, uint32_t target);
 
+// A fault on purpose: in the runs that follow, every thread's call number `call` of one of these functions does
+// nothing. A test shows so that the call is needed.
+enum class Primitive { kNone, kBarrier, kClusterBarrier, kArrive, kAwait };
+void skip(Primitive primitive, int call);
+
 // For body(): waits for all of the `width` lanes that this one belongs to, then replaces [value, value + size) by that
 // of the lane whose number differs from this one's in the bits of `lanes`.
 void shuffle(void* value, size_t size, int lanes, int width);

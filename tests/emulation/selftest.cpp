@@ -1,5 +1,5 @@
-// What the emulator must do and notice: kernels that are right, kernels with a fault each, and team.h, from which the
-// test takes away what orders it. Prints what went otherwise than expected and returns how often that was.
+// What the emulator must do and notice: kernels that are right, and kernels with a fault each. Prints what went
+// otherwise than expected and returns how often that was.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -8,7 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/team.h"
+#include "cuda/device.h"
+#include "selftest_special_functions.h"
 
 namespace {
 
@@ -20,19 +21,6 @@ constexpr int kThreads = 256;
 int64_t index() { return device::block() * device::threads() + device::thread(); }
 
 // ---------------------------------------------------------------- one block
-
-// Where blocks meet that are no cluster: two teams of four.
-alignas(16) unsigned char meeting[cuda::meeting_bytes(2, 4 * kThreads / device::kWarp)];
-
-// Two sums, one after the other: the second one must not disturb the first.
-template <bool kCluster>
-KLDIV_KERNEL(kThreads, 1)
-two_sums(double* out) {
-  cuda::Team<kCluster> team(kThreads, emulation::position().cluster, meeting);
-  const double first = team.all(1.0, cuda::Sum());
-  const double second = team.all(first + team.thread(), cuda::Sum());
-  out[device::block() * kThreads + device::thread()] = second;
-}
 
 KLDIV_KERNEL(kThreads, 1) barrier_for_half(double* out) {
   if (device::thread() < kThreads / 2) device::barrier();
@@ -202,23 +190,23 @@ KLDIV_KERNEL(kThreads, 1) write_to_peer_in_time(double* out) {
 
 // ---------------------------------------------------------------- blocks that are no cluster
 
-uint32_t* count() { return reinterpret_cast<uint32_t*>(meeting); }
+uint32_t arrivals;  // in device memory
 
 // Each waits for all.
 KLDIV_KERNEL(kThreads, 1) counted(double* out) {
   if (device::thread() == 0) {
-    device::arrive(count());
-    device::await(count(), emulation::position().cluster);
+    device::arrive(&arrivals);
+    device::await(&arrivals, emulation::position().cluster);
   }
   device::barrier();
-  out[index()] = *count();
+  out[index()] = arrivals;
 }
 
 KLDIV_KERNEL(kThreads, 1) a_block_does_not_arrive(double* out) {
   out[index()] = 1;
   if (device::thread() > 0) return;
-  if (emulation::position().rank != 1) device::arrive(count());
-  device::await(count(), emulation::position().cluster);
+  if (emulation::position().rank != 1) device::arrive(&arrivals);
+  device::await(&arrivals, emulation::position().cluster);
 }
 
 // ---------------------------------------------------------------- asynchronous copies
@@ -311,87 +299,6 @@ KLDIV_KERNEL(kThreads, 1) copy_left_alone(double* out) {
   out[index()] = 1;
 }
 
-// ---------------------------------------------------------------- special functions
-
-// Whether approximate(x) is at most as far from exact(x) as allowed(exact(x)), and almost so far somewhere, on both
-// sides.
-template <typename Place, typename Approximate, typename Exact, typename Allowed>
-bool as_far_as_allowed(const Place& place, const Approximate& approximate, const Exact& exact, const Allowed& allowed) {
-  double lowest = 0, highest = 0;
-  for (int i = 0; i < 10000; ++i) {
-    const auto x = static_cast<float>(place(i));
-    const double y = exact(static_cast<double>(x)), off = (approximate(x) - y) / allowed(y);
-    if (!(std::fabs(off) <= 1) || approximate(x) != approximate(x)) return false;
-    lowest = std::fmin(lowest, off);
-    highest = std::fmax(highest, off);
-  }
-  return lowest < -0.9 && highest > 0.9;
-}
-
-// Special values: exactly these, with this sign.
-bool same(float x, float y) { return std::isnan(y) ? std::isnan(x) : x == y && std::signbit(x) == std::signbit(y); }
-
-int wrong_special_functions() {
-  int wrong = 0;
-  const auto expect = [&](bool condition, const char* what) {
-    if (condition) return;
-    std::printf("%s\n", what);
-    ++wrong;
-  };
-  const auto exp2 = [](double x) { return std::exp2(x); };
-  const auto log2 = [](double x) { return std::log2(x); };
-  const auto reciprocal = [](double x) { return 1 / x; };
-  const auto two_ulp = [](double y) { return std::fabs(y) * 0x1p-22; };
-  const auto absolute = [](double) { return 0x1p-22; };
-  const auto one_ulp = [](double y) { return std::ldexp(1.0, std::ilogb(y) - 23); };
-  const auto even = [](double first, double last) { return [=](int i) { return first + (last - first) * i / 10000; }; };
-  const auto by_ratio = [](double first, double last) {
-    return [=](int i) { return first * std::pow(last / first, i / 10000.0); };
-  };
-  expect(as_far_as_allowed(even(-125, 127), device::exp2_approx, exp2, two_ulp), "exp2_approx");
-  expect(as_far_as_allowed(by_ratio(2, 3e38), device::log2_approx, log2, two_ulp), "log2_approx above 2");
-  expect(as_far_as_allowed(by_ratio(0.5, 2e-38), device::log2_approx, log2, two_ulp), "log2_approx below 0.5");
-  expect(as_far_as_allowed(even(0.8, 1), device::log2_approx, log2, absolute), "log2_approx below 1");
-  expect(as_far_as_allowed(even(1.00001, 1.2), device::log2_approx, log2, absolute), "log2_approx above 1");
-  expect(as_far_as_allowed(by_ratio(2e-38, 8e37), device::reciprocal_approx, reciprocal, one_ulp), "1 / x");
-  expect(as_far_as_allowed(by_ratio(-2e-38, -8e37), device::reciprocal_approx, reciprocal, one_ulp), "1 / -x");
-
-  const float nan = NAN, infinity = INFINITY, tiny = 1e-40f;
-  for (const auto& [x, y] : std::vector<std::pair<float, float>>{{-infinity, 0.0f},
-                                                                 {-0.0f, 1},
-                                                                 {0.0f, 1},
-                                                                 {tiny, 1},
-                                                                 {infinity, infinity},
-                                                                 {128, infinity},
-                                                                 {-127, 0.0f},
-                                                                 {nan, nan}}) {
-    expect(same(device::exp2_approx(x), y), ("exp2_approx of " + std::to_string(x)).c_str());
-  }
-  for (const auto& [x, y] : std::vector<std::pair<float, float>>{{0.0f, -infinity},
-                                                                 {-0.0f, -infinity},
-                                                                 {tiny, -infinity},
-                                                                 {-tiny, -infinity},
-                                                                 {1, 0.0f},
-                                                                 {-1, nan},
-                                                                 {-infinity, nan},
-                                                                 {infinity, infinity},
-                                                                 {nan, nan}}) {
-    expect(same(device::log2_approx(x), y), ("log2_approx of " + std::to_string(x)).c_str());
-  }
-  for (const auto& [x, y] : std::vector<std::pair<float, float>>{{0.0f, infinity},
-                                                                 {-0.0f, -infinity},
-                                                                 {tiny, infinity},
-                                                                 {-tiny, -infinity},
-                                                                 {infinity, 0.0f},
-                                                                 {-infinity, -0.0f},
-                                                                 {3e38f, 0.0f},
-                                                                 {-3e38f, -0.0f},
-                                                                 {nan, nan}}) {
-    expect(same(device::reciprocal_approx(x), y), ("reciprocal_approx of " + std::to_string(x)).c_str());
-  }
-  return wrong;
-}
-
 // ---------------------------------------------------------------- what comes of each
 
 const char* const kRight = "right";
@@ -404,7 +311,7 @@ std::string outcome(void (*kernel)(double*), const Shape& shape, double expected
        {std::pair{Order::kAscending, 0u}, {Order::kDescending, 0u}, {Order::kRandom, 1u}, {Order::kRandom, 2u}}) {
     emulation::set_order(order, seed);
     std::vector<double> out(shape.blocks * shape.threads, std::nan(""));
-    std::memset(meeting, 0, sizeof(meeting));
+    arrivals = 0;
     try {
       device::launch(kernel, shape, nullptr, out.data());
     } catch (const std::runtime_error& error) {
@@ -428,8 +335,6 @@ struct Case {
 // Kernels whose only fault is where they run.
 KLDIV_KERNEL(1024, 1) nothing_wrong(double* out) { out[index()] = 1; }
 
-constexpr Shape kFours = {8, kThreads, 4, cuda::exchange_bytes(4 * kThreads / device::kWarp)};
-constexpr double of_two_sums(int threads) { return 1.0 * threads * threads + threads * (threads - 1) / 2; }
 constexpr Shape kPairs = {6, kThreads, 2, 2 * kRoomBytes}, kTriples = {6, kThreads, 3, kRoomBytes};
 constexpr Shape kWithRoom = {2, kThreads, 1, 4 * kRoomBytes};
 
@@ -506,8 +411,6 @@ const Case kCases[] = {
     {"copy_from_shared", copy_from_shared, 1, "from shared memory", kWithRoom},
     {"copy_to_peer", copy_to_peer, 1, "elsewhere than the block's shared memory", kPairs},
     {"copy_left_alone", copy_left_alone, 1, "ended without awaiting its copies", kWithRoom},
-    {"two sums of a block", two_sums<false>, of_two_sums(kThreads), kRight},
-    {"two sums of a cluster", two_sums<true>, of_two_sums(4 * kThreads), kRight, kFours},
 };
 
 }  // namespace
@@ -519,24 +422,15 @@ int main() {
     std::printf("%s: %s, not %s\n", name, actual.c_str(), expected.c_str());
     ++unexpected;
   };
-#if defined(FAULTY_MEETING)
-  return outcome(two_sums<true>, kFours, of_two_sums(4 * kThreads)) == kRight;
-#endif
   expect("a cluster where there are none", outcome(write_to_peer_in_time, kTriples, 1), "no clusters");
   expect("a cluster's barrier where there are none", outcome(a_block_leaves, kPairs, 1), "no clusters");
   expect("blocks that meet", outcome(counted, {3, kThreads, 3}, 3), kRight);
   expect("a block does not arrive", outcome(a_block_does_not_arrive, kPairs, 1),
          "1 threads wait for a count, 255 threads have ended; of block 1, 1 threads wait for a count");
-  expect("two sums of blocks that meet", outcome(two_sums<true>, kFours, of_two_sums(4 * kThreads)), kRight);
   expect("65 blocks together", outcome(nothing_wrong, {65, 32, 65}, 1), "a launch of");
   emulation::Properties properties = device::properties();
   properties.clusters = true;
   emulation::set_properties(properties);
-#if defined(FAULTY_BLOCK)
-  return outcome(two_sums<false>, {1, kThreads}, of_two_sums(kThreads)) == kRight;
-#elif defined(FAULTY_CLUSTER)
-  return outcome(two_sums<true>, kFours, of_two_sums(4 * kThreads)) == kRight;
-#endif
   for (const Case& c : kCases) expect(c.name, outcome(c.kernel, c.shape, c.expected), c.outcome);
-  return unexpected + wrong_special_functions();
+  return unexpected + emulation::wrong_special_functions();
 }

@@ -1,4 +1,4 @@
-"""What a sanitizer has to stop: `overrun` reads a number past an allocation, `uninitialized` one that nobody wrote.
+"""Faults that a sanitizer must report: `overrun` reads past an allocation, `uninitialized` reads unwritten memory.
 
 python -m tests.sanitize.faults overrun cpu
 """
@@ -15,7 +15,7 @@ COUNT = 16
 
 
 class Claim:
-    """A tensor of a GPU, said to hold COUNT numbers."""
+    """Describes a CUDA tensor as one of COUNT numbers."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -24,7 +24,7 @@ class Claim:
 
 
 def one_too_few(device: str) -> Tensor:
-    """COUNT numbers, the last of them behind the end of the allocation."""
+    """COUNT numbers, the last of them past the end of the allocation."""
     if device == "cuda":
         return torch.as_tensor(Claim(torch.zeros(COUNT - 1, device=device)), device=device)
     libc = ctypes.CDLL(None)
