@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kldiv_ext import LinearDistillationLoss, distillation_loss, linear, linear_distillation_loss, reference
-from kldiv_ext.linear import Need
+from kldiv_ext.linear import BytesPerPosition as Need
 from kldiv_ext.options import OperatorOptions
 
 NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
