@@ -152,7 +152,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "beta": (0.1, 0.9),
     "skew": (0.5, 0.9),
     "alpha": (0.1, 0.9),
-    "temperature": (2,),
+    "temperature": (0.5, 4),
     "logit_scale": (0.3, (1.2, 0.7)),
     "logit_softcap": (3.0, (2.0, None)),
     "valid_vocab": (30,),
