@@ -82,6 +82,39 @@ def make_pair(
     return student.to(device, dtype), teacher.to(device, teacher_dtype or dtype)
 
 
+MODEL_TENSORS = (
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+)
+
+
+def make_models(
+    *shape: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    vocab: int = 70,
+    hidden: tuple[int, int] = (9, 6),  # of student and teacher
+    bias: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of linear_distillation_loss by name; the logits of both sides are about N(0, 1)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(sizes, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    models = {}
+    for side, size in zip(("student", "teacher"), hidden, strict=True):
+        models[f"{side}_hidden"] = noise(*shape, size)
+        models[f"{side}_weight"] = noise(vocab, size, scale=size**-0.5)
+        if bias:
+            models[f"{side}_bias"] = noise(vocab, scale=0.3)
+    return models
+
+
 def position_tensors(
     names: Iterable[str],
     shape: tuple[int, ...],
@@ -260,3 +293,21 @@ def run(
     if any(leaf.requires_grad for leaf in leaves):
         loss.backward(torch.as_tensor(grad_output, dtype=loss.dtype, device=loss.device).expand(loss.shape))
     return Result(loss.detach(), tuple(leaf.grad for leaf in leaves))
+
+
+def run_models(
+    function: Callable[..., Tensor],
+    models: dict[str, Tensor],
+    *,
+    needs_grad: Iterable[str] | None = None,
+    **others: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`run` for tensors by name: the loss, and the gradients by name; `needs_grad` is by default all names."""
+
+    def positional(*tensors: Tensor, **arguments: Any) -> Tensor:
+        return function(**dict(zip(models, tensors, strict=True)), **arguments)
+
+    chosen = set(models if needs_grad is None else needs_grad)
+    result = run(positional, *models.values(), needs_grad=[name in chosen for name in models], **others)
+    gradients = zip(models, result.gradients, strict=True)
+    return result.loss, {name: gradient for name, gradient in gradients if gradient is not None}
