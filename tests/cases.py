@@ -82,14 +82,7 @@ def make_pair(
     return student.to(device, dtype), teacher.to(device, teacher_dtype or dtype)
 
 
-MODEL_TENSORS = (
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-)
+MODEL_TENSORS = tuple(f"{side}_{tensor}" for side in ("student", "teacher") for tensor in ("hidden", "weight", "bias"))
 
 
 def make_models(
@@ -239,16 +232,7 @@ COMBINED_OPTIONS = {
     "hard labels alone": Mix({"hard_weight": 1.0, "soft_weight": 0.0, "temperature": 3.0}, ("labels",)),
     "negative weight": Mix({"hard_weight": -0.5, "soft_weight": 2.0}, ("labels",)),
     "everything": Mix(
-        {
-            "hard_weight": 0.2,
-            "soft_weight": 0.9,
-            "temperature": 1.5,
-            "scale_by_temperature_squared": True,
-            "valid_vocab": 30,
-            "logit_softcap": (None, 3.0),
-            "logit_scale": (0.5, 1.5),
-            "ignore_index": 3,
-        },
+        {name: mix.options[name] for mix in SINGLE_OPTIONS.values() for name in mix.options if name != "reduction"},
         ("labels", "mask", "weight"),
     ),
 }

@@ -8,17 +8,19 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from cases import DIVERGENCES as DIVERGENCES
-from cases import DTYPES as DTYPES
-from cases import ENDPOINTS as ENDPOINTS
-from cases import FORWARD_KL as FORWARD_KL
-from cases import JSD as JSD
-from cases import LOPSIDED as LOPSIDED
-from cases import PARAMETERS as PARAMETERS
-from cases import Divergence as Divergence
-from cases import Result, run, run_models
-from cases import make_pair as make_pair
-from cases import named as cases  # noqa: F401
+from cases import (  # noqa: F401
+    DIVERGENCES,
+    ENDPOINTS,
+    FORWARD_KL,
+    JSD,
+    LOPSIDED,
+    PARAMETERS,
+    Divergence,
+    Result,
+    make_pair,
+    run,
+    run_models,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

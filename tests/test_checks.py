@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import named
+from cases import make_models, named
+from oracle import assert_equal
 
 from kldiv_ext import (
     DistillationLoss,
@@ -24,14 +25,7 @@ from kldiv_ext.options import DistillationOptions, LinearDistillationOptions, Op
 
 STUDENT, TEACHER = torch.randn(2, 3, 11), torch.randn(2, 3, 11)
 LOGITS = {"student_logits": STUDENT, "teacher_logits": TEACHER}
-MODELS = {
-    "student_hidden": torch.randn(2, 3, 9),
-    "student_weight": torch.randn(11, 9),
-    "student_bias": torch.randn(11),
-    "teacher_hidden": torch.randn(2, 3, 6),
-    "teacher_weight": torch.randn(11, 6),
-    "teacher_bias": torch.randn(11),
-}
+MODELS = make_models(2, 3, vocab=11, dtype=torch.float32)
 
 
 class Wrong(NamedTuple):
@@ -197,8 +191,9 @@ def test_labels_out_of_range(label: int) -> None:
     options: dict[str, Any] = {"valid_vocab": 9, "hard_weight": 0.5}
     with pytest.raises(IndexError, match=rf"labels.*\[0, 9\).*{label}"):
         distillation_loss(STUDENT, TEACHER, labels, **options)
-    assert distillation_loss(STUDENT, TEACHER, labels, mask=labels != label, **options) > 0
-    assert distillation_loss(STUDENT, TEACHER, labels, weight=(labels != label).float(), **options) > 0
+    expected = distillation_loss(STUDENT, TEACHER, labels.where(labels != label, -100), **options)
+    assert_equal(distillation_loss(STUDENT, TEACHER, labels, mask=labels != label, **options), expected)
+    assert_equal(distillation_loss(STUDENT, TEACHER, labels, weight=(labels != label).float(), **options), expected)
     assert distillation_loss(STUDENT, TEACHER, labels) > 0
 
 
