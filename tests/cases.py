@@ -116,7 +116,7 @@ def position_tensors(
     seed: int = 1,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Those of labels, mask, weight [...] and num_items [] that are named.
+    """Labels, mask and weight [...] and num_items [], those of them that are named.
 
     The first position counts in all of them. Where there is room, the labels hold the first and the last class, and
     each tensor excludes a position that the others include.

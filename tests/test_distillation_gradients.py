@@ -204,7 +204,7 @@ def test_in_place_without_memory(mode: str) -> None:
 
 
 def test_in_place_without_a_gradient_of_the_student(device: str) -> None:
-    """Leaves are allowed, and are not written."""
+    """Leaf logits are allowed, and are not written."""
     student, teacher = make_pair(3, COLUMNS, device=device)
     before = student.clone()
     distillation_loss(student, teacher.requires_grad_(), inplace_backward=True).backward()
@@ -214,7 +214,7 @@ def test_in_place_without_a_gradient_of_the_student(device: str) -> None:
 
 
 def test_in_place_raises_where_the_logits_are_needed(device: str) -> None:
-    """By another loss, by a second backward, or by the operator that made them."""
+    """Another loss, a second backward, or the operator that made the logits may need them."""
     leaf, teacher = make_pair(3, COLUMNS, device=device)
     leaf.requires_grad_()
 

@@ -191,7 +191,7 @@ def test_hard_labels_at_the_ends(device: str) -> None:
 
 
 def test_labels_out_of_range_under_the_compiler() -> None:
-    """Compiled code cannot raise: the row is NaN, and no other."""
+    """Compiled code cannot raise: the row is NaN, the others are not."""
     student, teacher = make_pair(4, COLUMNS)
     function = torch.compile(distillation_loss, backend="aot_eager", fullgraph=True)
     result = run(function, student, teacher, torch.tensor([1, 70, -1, 3]), hard_weight=0.5, reduction="none")
@@ -216,7 +216,7 @@ def test_a_part_of_weight_0_is_0(device: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_without_any_weight_nothing_is_read(device: str, reduction: str) -> None:
-    """By the kernels, by the composites under torch.func, and by the reference."""
+    """Kernels, composites under torch.func and the reference give 0 for NaN logits."""
     student, teacher = torch.full((2, 5), torch.nan, device=device), torch.full((2, 5), torch.inf, device=device)
 
     def loss(student: Tensor, teacher: Tensor, function: Callable[..., Tensor] = distillation_loss) -> Tensor:
@@ -235,7 +235,7 @@ def test_without_any_weight_nothing_is_read(device: str, reduction: str) -> None
 @pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
 @pytest.mark.parametrize("valid", [1, 37, 64, 2050])
 def test_padding(device: str, divergence: Divergence, dtype: torch.dtype, valid: int) -> None:
-    """The bits of the sliced logits; padding is never read, its gradient is exactly 0; the two sides' may differ."""
+    """Results have the bits of sliced logits. Padding is never read, its gradient is 0, its size may differ."""
     student, teacher = make_pair(5, 3000, dtype=dtype, device=device)
     teacher = teacher[:, :2500].contiguous()
     student[:, valid:], teacher[:, valid:] = torch.nan, torch.inf

@@ -96,7 +96,7 @@ AT_0_AND_1 = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
 def test_columns_dead_on_both_sides(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
-    """They contribute 0 with zero gradients: the loss is that of the other columns."""
+    """Such columns contribute 0 with zero gradients: the loss is that of the other columns."""
     student, teacher = make_pair(3, 70, dtype=dtype, device=device)
     dead = torch.arange(70, device=device) % 3 == 1
     student[:, dead] = teacher[:, dead] = -INF
@@ -133,7 +133,7 @@ def test_columns_dead_on_one_side(device: str, divergence: Divergence, side: int
 @pytest.mark.parametrize("teacher_too", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_an_infinite_forward_kl(device: str, dtype: torch.dtype, teacher_too: bool, reduction: str) -> None:
-    """The student's is finite, q - p."""
+    """The student's gradient is finite, q - p."""
     student, teacher = make_pair(3, 70, dtype=dtype, device=device)
     student[1, 5:9] = -INF
     scale = 2.0**10  # keeps float16 above its subnormal numbers
@@ -216,7 +216,7 @@ def test_broken_rows_are_nan_alone(
     "options", [{"soft_weight": 0.0, "hard_weight": 1.0}, {"divergence": "skew_reverse_kl", "skew": 1.0}], ids=str
 )
 def test_a_row_broken_on_one_side_is_nan_on_both(device: str, options: dict[str, float], side: int) -> None:
-    """Also where the divergence has weight 0 or is 0 by definition."""
+    """The results are NaN also where the divergence has weight 0 or is 0 by definition."""
     both = make_pair(2, 5, device=device)
     both[side][0, 3] = NAN
     labels = torch.tensor([1, 2], device=device)
