@@ -1,72 +1,56 @@
-"""Shared by the tests: tables of cases and of tolerances, input makers, and the comparison with the float64 oracle."""
+"""Expected values: tolerances, each divergence in mpmath, and the comparison with the float64 reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import mpmath
 import pytest
 import torch
+from cases import (  # noqa: F401
+    DIVERGENCES,
+    ENDPOINTS,
+    FORWARD_KL,
+    JSD,
+    LOPSIDED,
+    PARAMETERS,
+    Divergence,
+    Result,
+    make_pair,
+    run,
+    run_models,
+)
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import kldiv_ext
 from kldiv_ext import reference
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 # ---------------------------------------------------------------- tolerances
 
-# Relative error of a loss, by the dtype it is accumulated in. The promise for float32 is 1e-5 away from 0.
+# Relative error of a loss, by the dtype of the accumulation. Away from 0 the promise for float32 is 1e-5.
 LOSS = {
-    torch.float64: 1e-13,  # some hundred eps, for sums of 1e5 terms in another order
+    torch.float64: 1e-13,  # some hundred eps: sums of 1e5 terms in another order
     torch.float32: 3e-6,  # 20 eps: seen 6e-7, promised 1e-5
 }
 
-# Relative L2 error of every row of a gradient, by the dtype it is stored in.
+# Relative L2 error of a row of a gradient, by the dtype of the gradient.
 GRADIENT = {
     torch.float64: 1e-12,  # seen 1e-13
     torch.float32: 1e-5,  # as the loss; seen 6e-6 in a thousand rows
-    torch.bfloat16: 4.0e-3,  # the promise; half a unit in the last of 8 bits, 3.9e-3, where one entry is all of a row
-    torch.float16: 5.0e-4,  # half a unit in the last of 11 bits is 4.9e-4
+    torch.bfloat16: 4.0e-3,  # the promise; a row with one entry has half an ulp of 8 bits, 3.9e-3
+    torch.float16: 5.0e-4,  # half an ulp of 11 bits is 4.9e-4
 }
 
-# Below this a loss is compared by its absolute error: DESIGN's "under 1e-9 below 1e-6", per position.
+# Relative L2 error of a whole gradient of linear_distillation_loss, by its dtype. In 16 bits, gradients of logits are
+# rounded, and on a CPU logits and the products of chunks are, too.
+LINEAR_GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+# Absolute error of a loss, per position: the promise for losses below 1e-6.
 TINY_LOSS = 1e-9
 
 # ---------------------------------------------------------------- divergences
-
-PARAMETERS = {"jsd": "beta", "skew_forward_kl": "skew", "skew_reverse_kl": "skew", "alpha": "alpha"}
-
-
-class Divergence(NamedTuple):
-    """A divergence with a value of its parameter."""
-
-    name: str
-    parameter: float | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        if self.parameter is None:
-            return {"divergence": self.name}
-        return {"divergence": self.name, PARAMETERS[self.name]: self.parameter}
-
-    def __str__(self) -> str:
-        return self.name if self.parameter is None else f"{self.name}-{self.parameter:g}"
-
-
-# What is in use (GKD: 0.1, 0.5, 0.9; DistiLLM: 0.1), from each side of 1/2.
-DIVERGENCES = [
-    Divergence(name, parameter)
-    for name in kldiv_ext.DIVERGENCES
-    for parameter in ((0.1, 0.5, 0.9) if name in PARAMETERS else (None,))
-]
-# Near its ends, where a mixture is nearly one of the two.
-LOPSIDED = [Divergence(name, parameter) for name in PARAMETERS for parameter in (0.001, 0.999)]
-# Where the divergence is another one.
-ENDPOINTS = [Divergence(name, end) for name in PARAMETERS for end in (0.0, 1.0)]
-# One of each way through the kernels: gradient in the pass of the sums, or in a pass of its own.
-FORWARD_KL, JSD = Divergence("forward_kl"), Divergence("jsd", 0.1)
 
 
 def _log_mixture(lp: Any, lq: Any, share: Any) -> Any:
@@ -92,7 +76,7 @@ def _forward(lp: Any, lq: Any, _: Any) -> Any:
     return mpmath.exp(lp) * (lp - lq) - mpmath.exp(lp) + mpmath.exp(lq)
 
 
-# One column of every divergence, from log p, log q and the parameter, in mpmath numbers: DESIGN's table.
+# {divergence: the term of one column, from log p, log q and the parameter, in mpmath numbers}
 TERMS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "forward_kl": _forward,
     "reverse_kl": lambda lp, lq, _: _forward(lq, lp, _),
@@ -104,50 +88,13 @@ TERMS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "alpha": _alpha,
 }
 
-# ---------------------------------------------------------------- inputs
-
-
-def make_pair(
-    *shape: int,
-    dtype: torch.dtype = torch.float32,
-    teacher_dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    spread: float = 1.0,
-    distance: float = 1.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(student, teacher): the teacher's logits are spread * N(0, 1), the student's `distance` * N(0, 1) off them."""
-    generator = torch.Generator().manual_seed(seed)
-    teacher = spread * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    student = teacher + distance * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return student.to(device, dtype), teacher.to(device, teacher_dtype or dtype)
-
-
 # ---------------------------------------------------------------- comparison
 
 
-class Result(NamedTuple):
-    loss: Tensor
-    grad_student: Tensor | None
-    grad_teacher: Tensor | None
-
-
-def run(
-    function: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    *args: Any,
-    grad_output: Tensor | float = 1.0,
-    wanted: tuple[bool, bool] = (True, True),
-    **options: Any,
-) -> Result:
-    """The loss and its gradients, on leaves that share the storage and the strides of the arguments."""
-    student, teacher = (t.detach().requires_grad_(w) for t, w in zip((student, teacher), wanted, strict=True))
-    loss = function(student, teacher, *args, **options)
-    if any(wanted):
-        grad = torch.as_tensor(grad_output, dtype=loss.dtype, device=loss.device).expand(loss.shape)
-        loss.backward(grad)
-    return Result(loss.detach(), student.grad, teacher.grad)
+def assert_equal(ours: Any, expected: Any) -> None:
+    """The same bits and dtypes, in tensors or nested collections; None equals None."""
+    for value, other in zip(tree_leaves(ours), tree_leaves(expected), strict=True):
+        assert value is other is None or (value.dtype == other.dtype and torch.equal(value, other))
 
 
 def assert_losses_close(value: Tensor, expected: Tensor, floor: float = TINY_LOSS) -> None:
@@ -156,14 +103,14 @@ def assert_losses_close(value: Tensor, expected: Tensor, floor: float = TINY_LOS
 
 
 def row_errors(value: Tensor, expected: Tensor, floor: float = 0.0) -> Tensor:
-    """Relative L2 error of every row beyond an absolute `floor`; without one, a row of zeros must be exactly that."""
+    """Relative L2 error of every row, 0 where the absolute error is at most `floor`; inf for a wrong row of zeros."""
     value, expected = value.double(), expected.double()
     error, size = (value - expected).norm(dim=-1), expected.norm(dim=-1)
     return torch.where(error <= floor, 0.0, error / size)
 
 
 def assert_gradients_close(value: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> None:
-    """Row by row within GRADIENT; NaN in the same rows."""
+    """Every row within GRADIENT; NaN in the same rows."""
     assert value is not None and expected is not None and value.shape == expected.shape
     broken = expected.isnan().any(-1)
     assert torch.equal(value.isnan().any(-1), broken), "NaN in other rows than expected"
@@ -181,32 +128,54 @@ def check(
     teacher: Tensor,
     *args: Any,
     grad_output: Tensor | float = 1.0,
-    wanted: tuple[bool, bool] = (True, True),
+    needs_grad: tuple[bool, bool] = (True, True),
     floor: float = 0.0,
     **options: Any,
 ) -> Result:
-    """Compare distillation_loss and both its gradients with the float64 oracle on the same, rounded inputs."""
-    grad_output = grad_output * max(loss_scale(student.dtype), loss_scale(teacher.dtype))
-    ours = run(kldiv_ext.distillation_loss, student, teacher, *args, grad_output=grad_output, wanted=wanted, **options)
-    theirs = run(
-        reference.distillation_loss,
-        student.double(),
-        teacher.double(),
-        *args,
-        grad_output=torch.as_tensor(grad_output).double(),
-        wanted=wanted,
-        **options,
+    """Compare distillation_loss and its gradients with the float64 reference on the same, rounded inputs."""
+    scale = max(loss_scale(student.dtype), loss_scale(teacher.dtype))
+    grad_output = grad_output if scale == 1 else grad_output * scale  # a product may have other strides
+    ours, theirs = (
+        run(function, *both, *args, grad_output=grad_output, needs_grad=needs_grad, **options)
+        for function, both in (
+            (kldiv_ext.distillation_loss, (student, teacher)),
+            (reference.distillation_loss, (student.double(), teacher.double())),
+        )
     )
-    both = (student.dtype, teacher.dtype)
-    assert ours.loss.dtype == (torch.float64 if torch.float64 in both else torch.float32)
+    assert ours.loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
     assert ours.loss.shape == theirs.loss.shape and ours.loss.device == student.device
     assert_losses_close(ours.loss, theirs.loss)
-    for wants, value, expected, like in zip(wanted, ours[1:], theirs[1:], (student, teacher), strict=True):
-        assert (value is not None) == wants
+    for needed, value, expected, like in zip(
+        needs_grad, ours.gradients, theirs.gradients, (student, teacher), strict=True
+    ):
+        assert (value is not None) == needed
         if value is not None:
             assert value.dtype == like.dtype and value.device == like.device
             assert_gradients_close(value, expected, floor)
     return ours
+
+
+def check_models(models: dict[str, Tensor], *, chunk_size: int | None = 5, **arguments: Any) -> None:
+    """Compare linear_distillation_loss and its gradients with the float64 reference on the same, rounded inputs."""
+    scale = max(loss_scale(x.dtype) for x in models.values()) / 8  # gradients of weights are sums over positions
+    arguments["grad_output"] = scale * arguments.get("grad_output", 1.0)
+    workspace = {"chunk_size": chunk_size, "max_workspace": arguments.pop("max_workspace", None)}
+    loss, gradients = run_models(kldiv_ext.linear_distillation_loss, models, **workspace, **arguments)
+    doubled = {name: x.double() for name, x in models.items()}
+    exact_loss, exact_gradients = run_models(reference.linear_distillation_loss, doubled, **arguments)
+    tolerance = max(LINEAR_GRADIENT[x.dtype] for x in models.values())
+    assert loss.shape == exact_loss.shape
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=tolerance, atol=tolerance)
+    assert set(gradients) == set(exact_gradients)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == models[name].dtype and gradient.shape == models[name].shape
+        assert_norm_close(gradient, exact_gradients[name], tolerance)
+
+
+def assert_norm_close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The relative L2 error of a whole tensor is at most `tolerance`; a tensor of zeros must be exactly that."""
+    error, size = (value.double() - expected).norm(), expected.norm()
+    assert error <= tolerance * size, f"relative error {error / size:.2e}"
 
 
 def need_isa(isa: str) -> None:
@@ -214,8 +183,3 @@ def need_isa(isa: str) -> None:
     runs = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}
     if isa not in runs.get(torch.backends.cpu.get_cpu_capability(), ("portable",)):
         pytest.skip(f"this machine has no {isa}")
-
-
-def cases(table: dict[str, Any]) -> Any:
-    """A table {id: case} as arguments of pytest.mark.parametrize."""
-    return [pytest.param(case, id=name) for name, case in table.items()]
