@@ -66,10 +66,10 @@ def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[l
     difference, top = finite(rows.teacher - rows.student), tops[1] - tops[0]
     offset = (difference - top).abs()
     inexact = (difference.to(dtype) != difference) | (top.to(dtype) != top) | (dtype == torch.float64)
-    close = torch.where(offset > 0, offset + inexact * (difference.abs() + top.abs()), 0)
+    close = offset + inexact * (difference.abs() + top.abs())
     apart = finite(rows.student - tops[0]).abs() + finite(rows.teacher - tops[1]).abs()
     distance = top.abs() / (scales[0] if common_scale else 1)  # a common scale belongs to the temperature
-    teacher = teacher + few_eps * torch.where(distance < 0.99, close, apart)
+    teacher = teacher + few_eps * torch.where(offset == 0, 0, torch.where(distance < 0.99, close, apart))
     towards = torch.where(rows.log_p > rows.log_q, 1.0, -1.0)
     generator = torch.Generator().manual_seed(0)
     for draw in range(DRAWS):
