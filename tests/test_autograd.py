@@ -6,14 +6,13 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import DTYPES, REDUCTIONS, logits, make_pair, run
-from oracle import assert_equal, assert_gradients_close
+from oracle import assert_gradients_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vjp
@@ -314,23 +313,6 @@ def test_no_gradient_is_computed_without_grad_mode(device: str) -> None:
         with torch.set_grad_enabled(enabled), Watch():
             distillation_loss(student.requires_grad_(), teacher)
     assert computed == [15, 0]
-
-
-KERNELS: dict[str, Callable[..., Tensor]] = {
-    "kl_div": functools.partial(kl_div, reduction="sum", log_target=True),
-    "distillation_loss": distillation_loss,
-    "distillation_loss, none": functools.partial(distillation_loss, reduction="none", divergence="jsd"),
-}
-
-
-def test_python_threads(device: str) -> None:
-    """Forward and backward from several Python threads at once."""
-    jobs = [(kernel, rows) for kernel in KERNELS for rows in (1, 3, 8, 50)] * 4
-    call = lambda job: run(KERNELS[job[0]], *make_pair(job[1], 501, device=device))  # noqa: E731
-    expected = {job: call(job) for job in set(jobs)}
-    with ThreadPoolExecutor(4) as pool:
-        for job, result in zip(jobs, pool.map(call, jobs), strict=True):
-            assert_equal(result, expected[job])
 
 
 # ---------------------------------------------------------------- composites
