@@ -91,8 +91,8 @@ CASES = {
     },
     "from hidden states, none": with_options(from_hidden, MIXES["mask"], divergence="jsd", reduction="none"),
     **{
-        f"kl_div, {reduction}, log_target={log_target}": with_options(
-            kl_div, reduction=reduction, log_target=log_target
+        f"kl_div, {reduction}, log_target={log_target}": Case(
+            kl_div, Mix({"reduction": reduction, "log_target": log_target})
         )
         for reduction in REDUCTIONS
         for log_target in (False, True)
