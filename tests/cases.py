@@ -82,6 +82,32 @@ def make_pair(
     return student.to(device, dtype), teacher.to(device, teacher_dtype or dtype)
 
 
+MODEL_TENSORS = tuple(f"{side}_{tensor}" for side in ("student", "teacher") for tensor in ("hidden", "weight", "bias"))
+
+
+def make_models(
+    *shape: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    vocab: int = 70,
+    hidden: tuple[int, int] = (9, 6),  # of student and teacher
+    bias: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors of linear_distillation_loss by name; the logits of both sides are about N(0, 1)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(sizes, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    models = {}
+    for side, size in zip(("student", "teacher"), hidden, strict=True):
+        models[f"{side}_hidden"] = noise(*shape, size)
+        models[f"{side}_weight"] = noise(vocab, size, scale=size**-0.5)
+        if bias:
+            models[f"{side}_bias"] = noise(vocab, scale=0.3)
+    return models
+
+
 def position_tensors(
     names: Iterable[str],
     shape: tuple[int, ...],
@@ -152,7 +178,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "beta": (0.1, 0.9),
     "skew": (0.5, 0.9),
     "alpha": (0.1, 0.9),
-    "temperature": (2,),
+    "temperature": (0.5, 4),
     "logit_scale": (0.3, (1.2, 0.7)),
     "logit_softcap": (3.0, (2.0, None)),
     "valid_vocab": (30,),
@@ -206,16 +232,7 @@ COMBINED_OPTIONS = {
     "hard labels alone": Mix({"hard_weight": 1.0, "soft_weight": 0.0, "temperature": 3.0}, ("labels",)),
     "negative weight": Mix({"hard_weight": -0.5, "soft_weight": 2.0}, ("labels",)),
     "everything": Mix(
-        {
-            "hard_weight": 0.2,
-            "soft_weight": 0.9,
-            "temperature": 1.5,
-            "scale_by_temperature_squared": True,
-            "valid_vocab": 30,
-            "logit_softcap": (None, 3.0),
-            "logit_scale": (0.5, 1.5),
-            "ignore_index": 3,
-        },
+        {name: mix.options[name] for mix in SINGLE_OPTIONS.values() for name in mix.options if name != "reduction"},
         ("labels", "mask", "weight"),
     ),
 }
@@ -260,3 +277,21 @@ def run(
     if any(leaf.requires_grad for leaf in leaves):
         loss.backward(torch.as_tensor(grad_output, dtype=loss.dtype, device=loss.device).expand(loss.shape))
     return Result(loss.detach(), tuple(leaf.grad for leaf in leaves))
+
+
+def run_models(
+    function: Callable[..., Tensor],
+    models: dict[str, Tensor],
+    *,
+    needs_grad: Iterable[str] | None = None,
+    **others: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`run` for tensors by name: the loss, and the gradients by name; `needs_grad` is by default all names."""
+
+    def positional(*tensors: Tensor, **arguments: Any) -> Tensor:
+        return function(**dict(zip(models, tensors, strict=True)), **arguments)
+
+    chosen = set(models if needs_grad is None else needs_grad)
+    result = run(positional, *models.values(), needs_grad=[name in chosen for name in models], **others)
+    gradients = zip(models, result.gradients, strict=True)
+    return result.loss, {name: gradient for name, gradient in gradients if gradient is not None}

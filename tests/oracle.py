@@ -8,17 +8,19 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from cases import DIVERGENCES as DIVERGENCES
-from cases import DTYPES as DTYPES
-from cases import ENDPOINTS as ENDPOINTS
-from cases import FORWARD_KL as FORWARD_KL
-from cases import JSD as JSD
-from cases import LOPSIDED as LOPSIDED
-from cases import PARAMETERS as PARAMETERS
-from cases import Divergence as Divergence
-from cases import Result, run
-from cases import make_pair as make_pair
-from cases import named as cases  # noqa: F401
+from cases import (  # noqa: F401
+    DIVERGENCES,
+    ENDPOINTS,
+    FORWARD_KL,
+    JSD,
+    LOPSIDED,
+    PARAMETERS,
+    Divergence,
+    Result,
+    make_pair,
+    run,
+    run_models,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +42,10 @@ GRADIENT = {
     torch.bfloat16: 4.0e-3,  # the promise; a row with one entry has half an ulp of 8 bits, 3.9e-3
     torch.float16: 5.0e-4,  # half an ulp of 11 bits is 4.9e-4
 }
+
+# Relative L2 error of a whole gradient of linear_distillation_loss, by its dtype. In 16 bits, gradients of logits are
+# rounded, and on a CPU logits and the products of chunks are, too.
+LINEAR_GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 # Absolute error of a loss, per position: the promise for losses below 1e-6.
 TINY_LOSS = 1e-9
@@ -127,7 +133,8 @@ def check(
     **options: Any,
 ) -> Result:
     """Compare distillation_loss and its gradients with the float64 reference on the same, rounded inputs."""
-    grad_output = grad_output * max(loss_scale(student.dtype), loss_scale(teacher.dtype))
+    scale = max(loss_scale(student.dtype), loss_scale(teacher.dtype))
+    grad_output = grad_output if scale == 1 else grad_output * scale  # a product may have other strides
     ours, theirs = (
         run(function, *both, *args, grad_output=grad_output, needs_grad=needs_grad, **options)
         for function, both in (
@@ -146,6 +153,29 @@ def check(
             assert value.dtype == like.dtype and value.device == like.device
             assert_gradients_close(value, expected, floor)
     return ours
+
+
+def check_models(models: dict[str, Tensor], *, chunk_size: int | None = 5, **arguments: Any) -> None:
+    """Compare linear_distillation_loss and its gradients with the float64 reference on the same, rounded inputs."""
+    scale = max(loss_scale(x.dtype) for x in models.values()) / 8  # gradients of weights are sums over positions
+    arguments["grad_output"] = scale * arguments.get("grad_output", 1.0)
+    workspace = {"chunk_size": chunk_size, "max_workspace": arguments.pop("max_workspace", None)}
+    loss, gradients = run_models(kldiv_ext.linear_distillation_loss, models, **workspace, **arguments)
+    doubled = {name: x.double() for name, x in models.items()}
+    exact_loss, exact_gradients = run_models(reference.linear_distillation_loss, doubled, **arguments)
+    tolerance = max(LINEAR_GRADIENT[x.dtype] for x in models.values())
+    assert loss.shape == exact_loss.shape
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=tolerance, atol=tolerance)
+    assert set(gradients) == set(exact_gradients)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == models[name].dtype and gradient.shape == models[name].shape
+        assert_norm_close(gradient, exact_gradients[name], tolerance)
+
+
+def assert_norm_close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The relative L2 error of a whole tensor is at most `tolerance`; a tensor of zeros must be exactly that."""
+    error, size = (value.double() - expected).norm(), expected.norm()
+    assert error <= tolerance * size, f"relative error {error / size:.2e}"
 
 
 def need_isa(isa: str) -> None:

@@ -1,0 +1,254 @@
+"""options.py: the table of options, and everything that is made from it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import torch
+from cases import MIXES, SAMPLES, named
+from typing_extensions import Unpack
+
+import kldiv_ext
+from kldiv_ext import (
+    DistillationLoss,
+    LinearDistillationLoss,
+    distillation_loss,
+    linear_distillation_loss,
+    options,
+    reference,
+    token_stats,
+)
+from kldiv_ext.modules import _Loss
+from kldiv_ext.options import (
+    DistillationOptions,
+    DivergenceOptions,
+    LinearDistillationOptions,
+    LogitsOptions,
+    LossOptions,
+    OperatorOptions,
+    Option,
+    completed,
+    markdown_table,
+    table,
+    takes,
+)
+
+X, WEIGHT = torch.randn(2, 3, 5), torch.randn(7, 5)
+ALL_OPTIONS = {**table(DistillationOptions), **table(LinearDistillationOptions)}
+
+# {name: (options that it takes, the function that shows them, a call with options alone)}
+TAKERS: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {
+    "distillation_loss": (DistillationOptions, distillation_loss, lambda **o: distillation_loss(X, X, **o)),
+    "token_stats": (LogitsOptions, token_stats, lambda **o: token_stats(X, X, **o)),
+    "linear_distillation_loss": (
+        LinearDistillationOptions,
+        linear_distillation_loss,
+        lambda **o: linear_distillation_loss(X, WEIGHT, X, WEIGHT, **o),
+    ),
+    "DistillationLoss": (DistillationOptions, DistillationLoss.__init__, DistillationLoss),
+    "LinearDistillationLoss": (LinearDistillationOptions, LinearDistillationLoss.__init__, LinearDistillationLoss),
+    "reference.distillation_loss": (
+        DistillationOptions,
+        reference.distillation_loss,
+        lambda **o: reference.distillation_loss(X, X, **o),
+    ),
+    "reference.token_stats": (LogitsOptions, reference.token_stats, lambda **o: reference.token_stats(X, X, **o)),
+}
+
+
+def assert_in_signature(function: Callable[..., Any], kind: type) -> None:
+    """The keywords are the options of `kind`, with their types and defaults, beside the tensors."""
+    parameters = inspect.signature(function).parameters
+    shown = {name: p for name, p in parameters.items() if name in ALL_OPTIONS or name in table(kind)}
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    assert all(p.kind is p.KEYWORD_ONLY for p in shown.values())
+    expected = {name: (annotation, option.default) for name, (annotation, option) in table(kind).items()}
+    assert {name: (p.annotation, p.default) for name, p in shown.items()} == expected
+
+
+def assert_in_docstring(function: Callable[..., Any], kind: type) -> None:
+    """There is one entry per option of `kind`, and none of another option."""
+    text = " ".join((function.__doc__ or "").split())
+    assert "**options:" not in text
+    for name, (_, option) in {**ALL_OPTIONS, **table(kind)}.items():
+        assert text.count(f"{name}: {option.doc}") == (name in table(kind)), name
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("name", ALL_OPTIONS)
+def test_option_is_complete(name: str) -> None:
+    """It has a type, a default that its check accepts, and a sentence."""
+    annotation, option = ALL_OPTIONS[name]
+    assert annotation is not Any
+    option.check(name, option.default)
+    assert re.fullmatch(r"[^\s].*\.", option.doc)
+
+
+def test_samples_cover_every_option() -> None:
+    assert set(SAMPLES) == set(table(DistillationOptions))
+    for name, values in SAMPLES.items():
+        assert values
+        for value in values:
+            assert value != ALL_OPTIONS[name][1].default
+            ALL_OPTIONS[name][1].check(name, value)
+    mixed = {name for mix in MIXES.values() for name in mix.options if name in ALL_OPTIONS}
+    assert mixed == set(table(LossOptions)) - set(table(DivergenceOptions))
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_signature_and_docstring(taker: str) -> None:
+    kind, function, call = TAKERS[taker]
+    assert_in_signature(function, kind)
+    if not taker.startswith("reference"):
+        assert_in_docstring(function, kind)
+    call(**{name: option.default for name, (_, option) in table(kind).items()})
+
+
+def test_options_are_keywords() -> None:
+    for call in (lambda: distillation_loss(X, X, None, "jsd"), lambda: DistillationLoss("jsd")):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+def test_divergences_are_listed() -> None:
+    assert isinstance(kldiv_ext.DIVERGENCES, tuple) and len(kldiv_ext.DIVERGENCES) == 8
+
+
+@pytest.mark.parametrize("name", [
+    "distillation_loss", "distillation_loss_backward", "distillation_loss_backward_", "distillation_loss_out",
+    "linear_distillation_loss", "token_stats",
+])  # fmt: skip
+def test_operators_take_the_fields_of_operator_options(name: str) -> None:
+    """In their order; token_stats takes those of the logits."""
+    arguments = [a.name for a in getattr(torch.ops.kldiv_ext, name).default._schema.arguments]
+    fields = list(OperatorOptions._fields)
+    if name == "token_stats":
+        fields = fields[fields.index("temperature") :]
+        assert set(table(LogitsOptions)) == {*fields, "ignore_index"}
+    start = arguments.index("labels")
+    assert arguments[start : start + 2 + len(fields)] == ["labels", "row_scale", *fields]
+
+
+def test_what_operators_are_given() -> None:
+    assert options.per_side(None, 1.0) == (1.0, 1.0)
+    assert options.per_side(2, 1.0) == (2.0, 2.0)
+    assert options.per_side((None, 3), 1.0) == options.per_side([None, 3], 1.0) == (1.0, 3.0)
+    divisors = {"none": None, "sum": 1, "mean": 5, "batchmean": 2}
+    assert {reduction: options.denominator(reduction, (2, 3), lambda: 5) for reduction in divisors} == divisors
+    assert set(divisors) == set(options.REDUCTIONS)
+    assert options.denominator("batchmean", (), lambda: 5) == 1
+
+
+# ---------------------------------------------------------------- a new option
+
+CHECKED: list[tuple[str, Any]] = []
+
+
+class LongerOptions(DistillationOptions, total=False):
+    """The options of distillation_loss, and one more."""
+
+    sharpness: Annotated[float, Option(1.5, lambda name, value: CHECKED.append((name, value)), "How sharp p is.")]
+
+
+@takes(LongerOptions)
+def longer_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Unpack[LongerOptions]) -> Any:
+    """A loss.
+
+    Args:
+        logits: some logits.
+        **options: as documented.
+
+    Returns:
+        The options.
+    """
+    return completed("longer_loss", LongerOptions, options)
+
+
+class LongerLoss(_Loss):
+    @takes(LongerOptions)
+    def __init__(self, **options: Unpack[LongerOptions]) -> None:
+        """**options: as documented."""
+        super().__init__(LongerOptions, options)
+
+
+def test_a_new_option_appears_everywhere() -> None:
+    assert [*table(LongerOptions)] == [*table(DistillationOptions), "sharpness"]
+    for function in (longer_loss, LongerLoss.__init__):
+        assert_in_signature(function, LongerOptions)
+        assert_in_docstring(function, LongerOptions)
+    assert [*inspect.signature(longer_loss).parameters][:2] == ["logits", "mask"]
+    assert "logits: some logits.\n" in longer_loss.__doc__ and "Returns:\n" in longer_loss.__doc__
+    assert markdown_table(LongerOptions) == (
+        markdown_table(DistillationOptions) + "\n| `sharpness` | `1.5` | How sharp p is. |"
+    )
+    CHECKED.clear()
+    assert longer_loss(X)["sharpness"] == LongerLoss().options["sharpness"] == 1.5
+    assert longer_loss(X, sharpness=2)["sharpness"] == 2
+    assert LongerLoss(sharpness=3).options["sharpness"] == 3
+    assert CHECKED == [("sharpness", 2), ("sharpness", 3)]
+    assert "sharpness=3" in repr(LongerLoss(sharpness=3))
+    for _, _, call in TAKERS.values():
+        with pytest.raises(TypeError, match="sharpness"):
+            call(sharpness=2)
+
+
+# ---------------------------------------------------------------- wrong options
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_unknown_options(taker: str) -> None:
+    """Misspelt options, and those of other functions; the message names the function."""
+    kind, _, call = TAKERS[taker]
+    for name in {"temprature", *ALL_OPTIONS} - set(table(kind)):
+        with pytest.raises(TypeError, match=rf"{taker.split('.')[-1]}\(\) got an unexpected .*'{name}'"):
+            call(**{name: 1})
+
+
+NOT_NUMBERS = ("0.5", True, torch.tensor(0.5))
+# {check: (values of a wrong type, wrong values)}
+WRONG: dict[Callable[..., None], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    options._share: ((*NOT_NUMBERS, None), (-0.1, 1.5, math.nan, 1e-31)),
+    options._positive: ((*NOT_NUMBERS, None), (0, -1.0, 1e-40, 10**400, math.inf, math.nan)),
+    options._weight: ((*NOT_NUMBERS, None), (10**400, math.inf, -math.inf, math.nan)),
+    options._positive_per_side: (
+        (*NOT_NUMBERS, (True, None)),
+        (0, -1.0, math.inf, 1e39, (None, 1e-39), (None, -3.0), (1, 2, 3)),
+    ),
+    options._flag: ((1, None), ()),
+    options._integer: ((1.0, True, None), (2**70,)),
+    options._optional_count: ((8.0, True), (0, -1, 2**70)),
+    ALL_OPTIONS["divergence"][1].check: ((), ("kl", "JSD", None, ["jsd"])),
+    ALL_OPTIONS["reduction"][1].check: ((), ("avg", None, ["mean"], np.array(["mean", "sum"]))),
+}
+WRONG_OPTIONS = {
+    f"{name}={value!r:.20}": (name, value, error)
+    for name, (_, option) in ALL_OPTIONS.items()
+    for error, values in zip((TypeError, ValueError), WRONG[option.check], strict=True)
+    for value in values
+}
+
+
+@pytest.mark.parametrize("wrong", named(WRONG_OPTIONS))
+def test_wrong_values(wrong: tuple[str, Any, type[Exception]]) -> None:
+    """Every function that takes the option names it and its value, whatever the divergence; then it works again."""
+    name, value, error = wrong
+    side = next(x for x in value if x is not None) if isinstance(value, tuple) and len(value) == 2 else value
+    for kind, _, call in TAKERS.values():
+        if name in table(kind):
+            with pytest.raises(error, match=f"(?s){name}.*{re.escape(repr(side))}"):
+                call(**{name: value})
+            call()
+
+
+@pytest.mark.parametrize("name, allowed", [("divergence", kldiv_ext.DIVERGENCES), ("reduction", options.REDUCTIONS)])
+def test_allowed_values_are_listed(name: str, allowed: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*{', '.join(allowed)}.*'kl'"):
+        distillation_loss(X, X, **{name: "kl"})  # type: ignore[misc]
