@@ -112,13 +112,16 @@ WRONG_LOGITS = [
     Wrong(ValueError, r"same shape.*\(2, 4, 11\)", {"valid_vocab": 5, "teacher_logits": torch.randn(2, 4, 11)}),
 ]
 WRONG_MODELS = [
-    *(row for name in MODELS for row in wrong(name, (TypeError, "list", [1.0]), (TypeError, "int64", ONES.long()))),
-    *(row for name in [*MODELS][1:] for row in wrong(name, (ValueError, "meta", MODELS[name].to("meta")))),
     *(
         row
-        for name in MODELS
-        if "hidden" not in name
-        for row in wrong(name, (TypeError, "float64", MODELS[name].double()))
+        for name, tensor in MODELS.items()
+        for row in wrong(
+            name,
+            (TypeError, "list", [1.0]),
+            (TypeError, "int64", tensor.long()),
+            (TypeError, "float64", tensor.double()),
+            (ValueError, "meta", tensor.to("meta")),
+        )
     ),
     *wrong("student_hidden", (ValueError, r"\(\)", torch.tensor(1.0))),
     *wrong(

@@ -89,15 +89,14 @@ def run_both(
 
 def outcomes(*arguments: Any, **options: Any) -> list[Any]:
     """What kl_div and F.kl_div return, or the types and messages of their exceptions."""
-    return [outcome(function, *arguments, **options) for function in (kl_div, F.kl_div)]
 
+    def outcome(function: Callable[..., Any]) -> Any:
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            return type(error), str(error)
 
-def outcome(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a call returns, or the type and the message of its exception."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        return type(error), str(error)
+    return [outcome(kl_div), outcome(F.kl_div)]
 
 
 # ---------------------------------------------------------------- PyTorch's own cases

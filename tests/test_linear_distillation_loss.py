@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cases import (
     ENDPOINTS,
     FORWARD_KL,
     JSD,
+    LAYOUTS,
     MODEL_TENSORS,
     OPTION_MIXES,
     REDUCTIONS,
@@ -21,6 +23,7 @@ from cases import (
     Mix,
     make_models,
     named,
+    padded,
     run,
     run_models,
 )
@@ -30,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kldiv_ext import distillation_loss, linear_distillation_loss, reference
 
-COLUMNS, HIDDEN, TEACHER_HIDDEN = 70, 9, 6
+COLUMNS, HIDDEN = 70, 9
 HEADS = [name for name in MODEL_TENSORS if not name.endswith("hidden")]
 
 # ---------------------------------------------------------------- the results of distillation_loss
@@ -72,19 +75,17 @@ def test_shapes(device: str, shape: tuple[int, ...]) -> None:
         check_models(make_models(*shape, device=device), reduction=reduction)
 
 
-def test_strides(device: str) -> None:
-    models = make_models(4, 6, device=device)
-    for side in ("student", "teacher"):
-        models[f"{side}_hidden"] = models[f"{side}_hidden"].transpose(0, 1)
-    models["student_weight"] = models["student_weight"].t().contiguous().t()
-    models["teacher_weight"] = torch.cat([models["teacher_weight"]] * 2, 1)[:, :TEACHER_HIDDEN]
-    check_models(models)
+VARIANTS: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "rows in another order": lambda name, x: LAYOUTS["second dimension first"](x) if x.dim() > 1 else x,
+    "columns cut": lambda name, x: padded(x, -1),
+    "bfloat16 student": lambda name, x: x.to(torch.bfloat16 if name.startswith("student") else torch.float32),
+    "float32 student": lambda name, x: x.float() if name.startswith("student") else x,
+}
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
-def test_dtypes_of_student_and_teacher(device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    models = make_models(3, 4, device=device)
-    check_models({name: x.to(dtypes[name.startswith("teacher")]) for name, x in models.items()})
+@pytest.mark.parametrize("change", named(VARIANTS))
+def test_strides_and_dtypes(device: str, change: Callable[[str, Tensor], Tensor]) -> None:
+    check_models({name: change(name, x) for name, x in make_models(4, 6, device=device).items()})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,20 +139,15 @@ def test_masked_positions_are_never_read(device: str, dtype: torch.dtype, reduct
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3)], ids=str)
-def test_no_position_counts(device: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_position_counts(device: str, reduction: str, shape: tuple[int, ...]) -> None:
+    """By the mask, or because no part has a weight: nothing is read, and all gradients are 0."""
     models = make_models(*shape, device=device)
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
-    for reduction in REDUCTIONS:
-        loss, gradients = run_models(linear_distillation_loss, models, mask=mask, reduction=reduction)
+    models["student_hidden"].fill_(torch.nan)
+    for options in ({"mask": torch.zeros(shape, dtype=torch.bool, device=device)}, {"soft_weight": 0.0}):
+        loss, gradients = run_models(linear_distillation_loss, models, reduction=reduction, **options)
         assert not loss.any() and len(gradients) == len(models)
         assert not any(gradient.any() for gradient in gradients.values())
-
-
-def test_without_weight_nothing_is_read(device: str) -> None:
-    models = make_models(6, device=device)
-    models["student_hidden"][2] = torch.nan
-    loss, gradients = run_models(linear_distillation_loss, models, soft_weight=0.0)
-    assert not loss.any() and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_gradient_accumulation(device: str) -> None:
@@ -231,15 +227,12 @@ def test_float16_gradients_do_not_underflow(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
+    """And no input is written."""
     models = make_models(40, device=device, dtype=dtype)
-    first, second = (run_models(linear_distillation_loss, models, chunk_size=16) for _ in range(2))
-    assert_equal(first, second)
-
-
-def test_inputs_are_not_written(device: str) -> None:
-    models = make_models(6, device=device, dtype=torch.float32)
     before = {name: x.clone() for name, x in models.items()}
-    run_models(linear_distillation_loss, models, mask=torch.arange(6, device=device) > 1)
+    for options in ({}, {"mask": torch.arange(40, device=device) % 3 > 0}):
+        first, second = (run_models(linear_distillation_loss, models, chunk_size=16, **options) for _ in range(2))
+        assert_equal(first, second)
     assert_equal(models, before)
 
 

@@ -7,7 +7,6 @@ import copy
 import inspect
 import pickle
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,14 +106,20 @@ def equivalent(documented: Any, names: dict[str, Any]) -> Any:
 STUDENT, TEACHER = make_pair(2, 3, 50)
 LOGITS = {"student_logits": STUDENT, "teacher_logits": TEACHER, "labels": torch.arange(6).view(2, 3)}
 MODELS = {**make_models(2, 3, dtype=torch.float32), "labels": LOGITS["labels"]}
-NONE_GIVEN: dict[str, Any] = dict.fromkeys(("mask", "weight", "num_items", "teacher_logits"))
-CHOSEN = {"divergence": "jsd", "temperature": 2.0}
 
 
-def test_equivalent_of_distillation_loss() -> None:
+def test_equivalent_of_the_losses() -> None:
     options = {"temperature": 2.0, "valid_vocab": 40, "logit_scale": 0.5, "logit_softcap": 3.0}
     options |= {"soft_weight": 0.7, "hard_weight": 0.3}
-    assert_close(distillation_loss(**LOGITS, **options), equivalent(distillation_loss, {**LOGITS, **options}))
+    assert_close(equivalent(distillation_loss, {**LOGITS, **options}), distillation_loss(**LOGITS, **options))
+    others = dict.fromkeys(("mask", "weight", "num_items", "teacher_logits"))
+    for documented, function, tensors in (
+        (linear_distillation_loss, linear_distillation_loss, MODELS),
+        (LinearDistillationLoss, linear_distillation_loss, MODELS),
+        (DistillationLoss, distillation_loss, LOGITS),
+    ):
+        expected = function(**tensors, **options)
+        assert_close(equivalent(documented, {**others, **tensors, "options": options}), expected)
 
 
 def test_equivalent_of_token_stats() -> None:
@@ -123,16 +128,6 @@ def test_equivalent_of_token_stats() -> None:
     stats = kldiv_ext.token_stats(STUDENT, TEACHER, temperature=2.0)
     assert_close(stats.forward_kl, names["forward_kl"])
     assert_equal(stats.top1_agreement, names["top1_agreement"])
-
-
-@pytest.mark.parametrize("function, tensors", [(distillation_loss, LOGITS), (linear_distillation_loss, MODELS)])
-def test_equivalent_of_modules(function: Callable[..., Any], tensors: dict[str, Any]) -> None:
-    """And of linear_distillation_loss, by distillation_loss."""
-    expected = function(**tensors, **CHOSEN)
-    module = DistillationLoss if function is distillation_loss else LinearDistillationLoss
-    documented = [module] if function is distillation_loss else [module, function]
-    for each in documented:
-        assert_close(equivalent(each, {**NONE_GIVEN, **tensors, "options": CHOSEN}), expected)
 
 
 def test_equivalent_of_the_drop_in() -> None:

@@ -25,34 +25,26 @@ from kldiv_ext import (
     token_stats,
 )
 from kldiv_ext.modules import _Loss
-from kldiv_ext.options import (
-    DistillationOptions,
-    DivergenceOptions,
-    LinearDistillationOptions,
-    LogitsOptions,
-    LossOptions,
-    OperatorOptions,
-    Option,
-    completed,
-    markdown_table,
-    table,
-    takes,
-)
+from kldiv_ext.options import DistillationOptions, LogitsOptions, OperatorOptions, Option, table, takes
 
 X, WEIGHT = torch.randn(2, 3, 5), torch.randn(7, 5)
-ALL_OPTIONS = {**table(DistillationOptions), **table(LinearDistillationOptions)}
+ALL_OPTIONS = {**table(DistillationOptions), **table(options.LinearDistillationOptions)}
 
 # {name: (options that it takes, the function that shows them, a call with options alone)}
 TAKERS: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {
     "distillation_loss": (DistillationOptions, distillation_loss, lambda **o: distillation_loss(X, X, **o)),
     "token_stats": (LogitsOptions, token_stats, lambda **o: token_stats(X, X, **o)),
     "linear_distillation_loss": (
-        LinearDistillationOptions,
+        options.LinearDistillationOptions,
         linear_distillation_loss,
         lambda **o: linear_distillation_loss(X, WEIGHT, X, WEIGHT, **o),
     ),
     "DistillationLoss": (DistillationOptions, DistillationLoss.__init__, DistillationLoss),
-    "LinearDistillationLoss": (LinearDistillationOptions, LinearDistillationLoss.__init__, LinearDistillationLoss),
+    "LinearDistillationLoss": (
+        options.LinearDistillationOptions,
+        LinearDistillationLoss.__init__,
+        LinearDistillationLoss,
+    ),
     "reference.distillation_loss": (
         DistillationOptions,
         reference.distillation_loss,
@@ -100,7 +92,7 @@ def test_samples_cover_every_option() -> None:
             assert value != ALL_OPTIONS[name][1].default
             ALL_OPTIONS[name][1].check(name, value)
     mixed = {name for mix in MIXES.values() for name in mix.options if name in ALL_OPTIONS}
-    assert mixed == set(table(LossOptions)) - set(table(DivergenceOptions))
+    assert mixed == set(table(options.LossOptions)) - set(table(options.DivergenceOptions))
 
 
 @pytest.mark.parametrize("taker", TAKERS)
@@ -159,7 +151,7 @@ class LongerOptions(DistillationOptions, total=False):
 
 
 @takes(LongerOptions)
-def longer_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None, **options: Unpack[LongerOptions]) -> Any:
+def longer_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None, **given: Unpack[LongerOptions]) -> Any:
     """A loss.
 
     Args:
@@ -169,7 +161,7 @@ def longer_loss(logits: torch.Tensor, *, mask: torch.Tensor | None = None, **opt
     Returns:
         The options.
     """
-    return completed("longer_loss", LongerOptions, options)
+    return options.completed("longer_loss", LongerOptions, given)
 
 
 class LongerLoss(_Loss):
@@ -186,8 +178,8 @@ def test_a_new_option_appears_everywhere() -> None:
         assert_in_docstring(function, LongerOptions)
     assert [*inspect.signature(longer_loss).parameters][:2] == ["logits", "mask"]
     assert "logits: some logits.\n" in longer_loss.__doc__ and "Returns:\n" in longer_loss.__doc__
-    assert markdown_table(LongerOptions) == (
-        markdown_table(DistillationOptions) + "\n| `sharpness` | `1.5` | How sharp p is. |"
+    assert options.markdown_table(LongerOptions) == (
+        options.markdown_table(DistillationOptions) + "\n| `sharpness` | `1.5` | How sharp p is. |"
     )
     CHECKED.clear()
     assert longer_loss(X)["sharpness"] == LongerLoss().options["sharpness"] == 1.5
