@@ -49,6 +49,12 @@ def both_sides(options: dict[str, Any]) -> list[tuple[float, float]]:
     return [per_side(options.get("logit_scale"), 1.0), per_side(options.get("logit_softcap"), 0.0)]
 
 
+def offsets(rows: Rows) -> Tensor:
+    """What t - s is beside the difference of the maxima."""
+    tops = [finite(z.amax(-1, keepdim=True)) for z in rows[:2]]
+    return (finite(rows.teacher - rows.student) - (tops[1] - tops[0])).abs()
+
+
 def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[list[Tensor]]:
     """What kernels that compute in `dtype` may move the effective logits (student, teacher) by, in several draws."""
     few_eps = 2 * torch.finfo(dtype).eps
@@ -64,7 +70,7 @@ def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[l
     # t - s is rounded: less the difference of the maxima where those are close, else each side less its maximum.
     tops = [finite(z.amax(-1, keepdim=True)) for z in rows[:2]]
     difference, top = finite(rows.teacher - rows.student), tops[1] - tops[0]
-    offset = (difference - top).abs()
+    offset = offsets(rows)
     inexact = (difference.to(dtype) != difference) | (top.to(dtype) != top) | (dtype == torch.float64)
     close = offset + inexact * (difference.abs() + top.abs())
     apart = finite(rows.student - tops[0]).abs() + finite(rows.teacher - tops[1]).abs()
@@ -97,51 +103,65 @@ def sizes(loss: Tensor, gradients: Sequence[Any]) -> list[Tensor]:
     return [finite(loss).abs(), *(finite(g).norm(dim=-1) for g in gradients)]
 
 
+def weights(options: dict[str, Any]) -> tuple[float, float]:
+    """What the divergence and the cross entropy are multiplied by."""
+    squared = options.get("temperature", 1.0) ** 2 if options.get("scale_by_temperature_squared") else 1.0
+    return abs(options.get("soft_weight", 1.0)) * squared, abs(options.get("hard_weight", 0.0))
+
+
+def column_errors(rows: Rows, options: dict[str, Any], eps: float) -> tuple[Tensor, list[Tensor]]:
+    """What moved logits do not show, per column: of the divergence, and of its gradients by the effective logits."""
+    temperature, parameter = options.get("temperature", 1.0), options.get(PARAMETERS.get(options["divergence"], ""))
+    q, p = finite(rows.log_q.exp()), finite(rows.log_p.exp())
+    # The reference's own rounding, which the formulas enlarge near the ends of their parameters.
+    noise = 16 * EPS64 * (1.0 if parameter in (None, 0.0, 1.0) else max(1.0, 0.25 / (parameter * (1 - parameter))))
+    largest = sum(finite(z).abs().amax(-1, keepdim=True) for z in rows[:2]) / temperature
+    terms = noise * (1 + largest) * (p + q) * (1 + finite(rows.log_p - rows.log_q).abs())
+    # The rounding of the difference of the log-sum-exps, whose terms cancel where the rows are close.
+    larger, log_larger = torch.maximum(p, q), finite(torch.maximum(rows.log_q, rows.log_p)).abs()
+    shift = (finite(rows.log_p.amax(-1, keepdim=True)) - finite(rows.log_q.amax(-1, keepdim=True))).abs()
+    shift = shift + (larger * (offsets(rows) > temperature / 64) * (4 + log_larger)).sum(-1, keepdim=True)
+    gradients = [terms + share * terms.sum(-1, keepdim=True) + 2 * eps * shift * larger for share in (q, p)]
+    return terms, [g / temperature for g in gradients]
+
+
 def allowed_errors(student: Tensor, teacher: Tensor, arguments: dict[str, Any], counts: Tensor) -> Allowed:
     """Of unreduced losses without `weight` over the positions that count, for a grad_output of 1."""
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     eps = torch.finfo(dtype).eps
     options = {name: x for name, x in arguments.items() if name not in ("num_items", "weight")}
     options |= {"reduction": "none", "mask": counts}
-    temperature = options.get("temperature", 1.0)
 
     def loss(**changed: Any) -> Result:
         return run(reference.distillation_loss, student.double(), teacher.double(), **{**options, **changed})
 
     exact, effective = run_moved(loss)
-    rows = Rows(*(z.detach() for z in effective), *(torch.log_softmax(z.detach() / temperature, -1) for z in effective))
+    logs = (torch.log_softmax(z.detach() / options.get("temperature", 1.0), -1) for z in effective)
+    rows = Rows(*(z.detach() for z in effective), *logs)
     allowed = [torch.zeros(counts.shape, dtype=torch.float64)] * 3
     for by in moves(rows, options, dtype):
         moved, _ = run_moved(loss, by)
         changes = sizes(moved.loss - exact.loss, [a - b for a, b in zip(moved.gradients, exact.gradients, strict=True)])
         allowed = [torch.maximum(a, 2 * b) for a, b in zip(allowed, changes, strict=True)]
 
-    # The promises. Soft and hard part may cancel: what each is known to remains.
-    soft, hard = abs(options.get("soft_weight", 1.0)), abs(options.get("hard_weight", 0.0))
-    soft *= temperature**2 if options.get("scale_by_temperature_squared") else 1.0
+    # The promises. Divergence and cross entropy may cancel: the error of each remains.
+    soft, hard = weights(options)
     parts = [loss(hard_weight=0.0), loss(soft_weight=0.0)] if soft and hard else [exact]
-    whole = [sum(each) for each in zip(*(sizes(*part) for part in parts), strict=True)]
-    allowed[0] = allowed[0] + LOSS[dtype] * whole[0] + soft * (1e-14 if dtype == torch.float64 else TINY_LOSS)
-    if soft and hard:  # else gradients are compared as they are stored
-        allowed[1:] = [a + GRADIENT[dtype] * w for a, w in zip(allowed[1:], whole[1:], strict=True)]
-    allowed[0] = allowed[0] + 4 * eps * hard  # a cross entropy is a log-sum-exp less a logit
+    of_loss, *of_gradients = (sum(each) for each in zip(*(sizes(*part) for part in parts), strict=True))
+    allowed[0] = allowed[0] + LOSS[dtype] * of_loss + soft * (1e-14 if dtype == torch.float64 else TINY_LOSS)
+    if soft and hard:  # else gradients are compared with GRADIENT of their own dtype
+        allowed[1:] = [a + GRADIENT[dtype] * size for a, size in zip(allowed[1:], of_gradients, strict=True)]
 
-    # The reference's own rounding, which the formulas near the ends of their parameters enlarge.
-    parameter = options.get(PARAMETERS.get(options["divergence"], ""))
-    noise = 16 * EPS64 * (1.0 if parameter in (None, 0.0, 1.0) else max(1.0, 0.25 / (parameter * (1 - parameter))))
-    largest = sum(finite(z).abs().amax(-1, keepdim=True) for z in rows[:2]) / temperature
-    q, p = finite(rows.log_q.exp()), finite(rows.log_p.exp())
-    terms = soft * noise * (1 + largest) * (p + q) * (1 + finite(rows.log_p - rows.log_q).abs())
-    allowed[0] = allowed[0] + terms.sum(-1)
-    of_logits = [(terms + share * terms.sum(-1, keepdim=True)) / temperature for share in (q, p)]
-    of_logits[0] = of_logits[0] + 4 * eps * hard / q.shape[-1] ** 0.5  # q less 1 at the label
+    # A cross entropy is a log-sum-exp less a logit, its gradient q less 1 at the label.
+    terms, columns = column_errors(rows, options, eps)
+    allowed[0] = allowed[0] + soft * terms.sum(-1) + 4 * eps * hard
+    of_label = [4 * eps * hard / terms.shape[-1] ** 0.5, 0.0]
     for i, (raw, z, scale, cap) in enumerate(zip((student, teacher), effective, *both_sides(options), strict=True)):
-        slope = torch.full_like(z, scale)
-        error = of_logits[i] * slope
+        slope, error = scale, 0.0
         if cap:  # 1 - tanh² is known to eps times the exponent, in the reference to eps64
             x = finite(raw[..., : z.shape[-1]].double() * scale / cap)
             slope = scale / x.cosh() ** 2
-            unsure = eps * 2 * x.abs() * slope + 4 * EPS64 * scale
-            error = of_logits[i] * slope + unsure * finite(z.grad).abs()
+            error = (eps * 2 * x.abs() * slope + 4 * EPS64 * scale) * finite(z.grad).abs()
+        error = error + slope * (soft * columns[i] + of_label[i])
         allowed[i + 1] = allowed[i + 1] + error.norm(dim=-1)
     return Allowed(allowed[0], (allowed[1], allowed[2]))

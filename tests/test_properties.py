@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Result, run
-from error_model import allowed_errors, finite
+from error_model import allowed_errors, finite, weights
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import GRADIENT, LOSS
@@ -107,10 +107,7 @@ def test_oracle(case: Case) -> None:
     of_rows = factors.abs() * allowed.loss
     assert_within("loss", ours.loss, expected.loss, of_rows if case.unreduced else of_rows.sum())
     # Probabilities of float32 stop at its smallest normal number, 1e-38.
-    options = arguments.get
-    squared = options("temperature", 1.0) ** 2 if options("scale_by_temperature_squared") else 1.0
-    weights = abs(options("soft_weight", 1.0)) * squared + abs(options("hard_weight", 0.0))
-    underflow = 0.0 if inside == torch.float64 else 1e-35 * weights * factors.abs()
+    underflow = 0.0 if inside == torch.float64 else 1e-35 * sum(weights(arguments)) * factors.abs()
     for side, like, value, other, floor in zip(
         ("student", "teacher"), (student, teacher), ours.gradients, expected.gradients, floors, strict=True
     ):

@@ -326,40 +326,24 @@ def full_gradients(module: nn.Module) -> dict[str, Tensor | None]:
     return gradients
 
 
-def train(job: Job, mine: slice) -> Outcome:
-    """The steps of one process, on its micro-batches. Gradients are averaged over the processes."""
-    module = job.distribute(Step(LOSSES[job.loss].ours, **job.step))
+def train(module: nn.Module, micro_batches: Any, processes: int = 1, accumulate: bool = False) -> Outcome:
+    """The steps of one of `processes`, over whose gradients a distributed module averages."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     losses = []
     for seed in range(STEPS):
         optimizer.zero_grad()
         batch = make_batch(seed)
         value = torch.zeros(())
-        for rows in MICRO_BATCHES[mine]:
-            alone = job.accumulate and rows != MICRO_BATCHES[mine][-1]
+        for rows in micro_batches:
+            alone = accumulate and rows != micro_batches[-1]
             with module.no_sync() if alone else contextlib.nullcontext():
                 loss = module(batch.rows(*rows), batch.num_items)
-                (PROCESSES * loss).backward()
+                (processes * loss).backward()
             value += loss.detach()
         losses.append(value)
         if seed + 1 < STEPS:
             optimizer.step()
     return Outcome(losses, full_gradients(module))
-
-
-def train_alone(job: Job) -> Outcome:
-    """The same steps in one process, with whole batches and the plain loss."""
-    module = Step(LOSSES[job.loss].plain, spare=job.step.get("spare", False))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    losses = []
-    for seed in range(STEPS):
-        optimizer.zero_grad()
-        batch = make_batch(seed)
-        losses.append(module(batch, batch.num_items))
-        losses[-1].backward()
-        if seed + 1 < STEPS:
-            optimizer.step()
-    return Outcome([loss.detach() for loss in losses], {n: p.grad for n, p in module.named_parameters()})
 
 
 def run_jobs(rank: int, folder: Path) -> None:
@@ -379,7 +363,9 @@ def run_jobs(rank: int, folder: Path) -> None:
         half = len(MICRO_BATCHES) // PROCESSES
         for name, job in JOBS.items():
             outcomes[name] = f"{name}, process {rank}: not finished"
-            outcomes[name] = tuple(train(job, slice(rank * half, (rank + 1) * half)))
+            module = job.distribute(Step(LOSSES[job.loss].ours, **job.step))
+            mine = MICRO_BATCHES[rank * half : (rank + 1) * half]
+            outcomes[name] = tuple(train(module, mine, PROCESSES, job.accumulate))
     except Exception:  # the next communication of the other process then raises too
         outcomes[list(outcomes)[-1] if outcomes else ""] = f"process {rank}: {traceback.format_exc()}"
     torch.save(outcomes, folder / f"{rank}.pt")
@@ -403,7 +389,8 @@ def test_processes(outcomes: list[dict[str, Any]], name: str) -> None:
     errors = [text for results in outcomes for text in results.values() if isinstance(text, str)]
     if any(not isinstance(results.get(name), tuple) for results in outcomes):
         pytest.fail("\n".join(errors), pytrace=False)
-    expected = train_alone(JOBS[name])
+    job = JOBS[name]
+    expected = train(Step(LOSSES[job.loss].plain, spare=job.step.get("spare", False)), ((0, 12),))
     each = [Outcome(*results[name]) for results in outcomes]
     assert_close([sum(values) for values in zip(*(o.losses for o in each), strict=True)], expected.losses)
     for outcome in each:
