@@ -1,14 +1,21 @@
-"""What every test shares: devices, the --slow option, fixed seeds."""
+"""Fixtures and options that every test shares: devices, --slow, seeds, and how much hypothesis draws."""
 
 import os
 
-# Before torch starts its threads: those that wait must not spin, or a busy machine makes every small test wait too.
+# Set before torch starts its threads. A spinning thread would take the core from another test process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
 import torch
 
 from kldiv_ext import _library
+
+hypothesis.settings.register_profile("default", max_examples=120, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(  # pytest --hypothesis-profile=fuzz: other examples in every run
+    "fuzz", max_examples=10_000, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,10 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def no_cuda_reason() -> str:
-    """ "" where CUDA tensors can be tested."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return _library.cuda_missing_reason
+    """Why CUDA tensors cannot be tested; "" where they can."""
+    return _library.cuda_missing_reason if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 NO_CUDA = pytest.mark.skipif(no_cuda_reason() != "", reason=no_cuda_reason())
@@ -34,7 +39,7 @@ NO_CUDA = pytest.mark.skipif(no_cuda_reason() != "", reason=no_cuda_reason())
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device that the kernels exist for."""
+    """Every device with kernels."""
     return request.param
 
 

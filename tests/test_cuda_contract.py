@@ -1,4 +1,4 @@
-"""What only a GPU shows: no waiting for it, CUDA graphs, streams, a second device, memory, equal runs, autocast."""
+"""What only a GPU shows: no synchronization, CUDA graphs, streams, a second device, memory, equal runs, autocast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair
 from conftest import NO_CUDA
-from oracle import DIVERGENCES, FORWARD_KL, JSD, Divergence, make_pair
 from torch import Tensor, nn
 
 import kldiv_ext
@@ -26,11 +26,11 @@ from kldiv_ext import DistillationLoss, distillation_loss, kl_div, linear_distil
 pytestmark = pytest.mark.filterwarnings(
     "ignore:reduction. 'mean' divides",
     "ignore:Synchronization debug mode",  # is a prototype
-    "ignore:The AccumulateGrad node's stream",  # where a test lets backward begin on another stream than forward
+    "ignore:The AccumulateGrad node's stream",  # where backward begins on another stream than forward
 )
 
 SHAPE = (24, 1003)  # rows that begin at odd addresses
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16 makes its gradient in backward, the others in forward
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16 computes gradients in backward, the others in forward
 
 NO_CACHE = pytest.mark.skipif(
     "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="needs PyTorch's caching allocator, which is switched off"
@@ -50,15 +50,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 class Case(NamedTuple):
-    """A call of a loss: the tensors that it takes beside the logits, of EXTRAS, and its other options."""
+    """A call of a loss, with its options and the position tensors that it takes."""
 
     function: Callable[..., Tensor]
-    extras: tuple[str, ...]
-    options: dict[str, Any]
+    mix: Mix
 
 
 def from_hidden(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """linear_distillation_loss of heads that the device makes itself, in several chunks."""
+    """linear_distillation_loss in several chunks, of heads that the device computes itself."""
 
     def weight(hidden: Tensor, frequency: float) -> Tensor:
         numbers = torch.arange(501.0 * hidden.shape[-1], device=hidden.device).view(501, -1)
@@ -67,49 +66,33 @@ def from_hidden(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
     return linear_distillation_loss(student, weight(student, 1), teacher, weight(teacher, 2), chunk_size=9, **options)
 
 
-EXTRAS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
-    "labels": lambda rows, generator: torch.tensor([-100, 3, 5])[torch.randint(0, 3, (rows,), generator=generator)],
-    "mask": lambda rows, generator: torch.rand(rows, generator=generator) < 0.7,
-    "weight": lambda rows, generator: torch.rand(rows, generator=generator).sub(0.2).clamp(min=0),
-    "num_items": lambda rows, generator: torch.randint(1, 100, (), generator=generator),
-}
+def with_options(function: Callable[..., Tensor], mix: Mix, **options: Any) -> Case:
+    return Case(function, Mix({**mix.options, **options}, mix.tensors))
 
-# A new option of distillation_loss is a line here.
-OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "labels": (("labels",), {}),
-    "mask": (("mask",), {}),
-    "weight": (("weight",), {}),
-    "labels, mask and weight": (("labels", "mask", "weight"), {}),
-    "number of items": (("num_items",), {}),
-    "number of items, labels": (("num_items", "labels"), {}),
-    "number of items as an int": ((), {"num_items": 37}),
-    "ignore_index": (("labels",), {"ignore_index": 3}),
-    "temperature": ((), {"temperature": 2.0, "scale_by_temperature_squared": True}),
-    "hard labels": (("labels",), {"hard_weight": 0.5, "temperature": 2.0}),
-    "padding, softcap and scales": ((), {"valid_vocab": 50, "logit_softcap": 5.0, "logit_scale": (0.5, 1.0)}),
-    "in place": ((), {"inplace_backward": True}),
+
+OPTIONS = POSITIONS | {
+    name: MIXES[name] for name in ("ignore_index=3", "temperature squared", "hard labels, scale", "everything")
 }
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
 CASES = {
     **{
-        f"{divergence}, {reduction}": Case(distillation_loss, (), {**divergence.options, "reduction": reduction})
+        f"{divergence}, {reduction}": with_options(distillation_loss, Mix(divergence.options), reduction=reduction)
         for divergence in DIVERGENCES
         for reduction in ("none", "mean")
     },
     **{
-        f"{name}, {reduction}": Case(distillation_loss, extras, {**options, "reduction": reduction})
-        for name, (extras, options) in OPTIONS.items()
+        f"{name}, {reduction}": with_options(distillation_loss, mix, reduction=reduction)
+        for name, mix in (OPTIONS | {"in place": Mix({"inplace_backward": True})}).items()
         for reduction in REDUCTIONS
-        if reduction == "mean" or "num_items" not in {*extras, *options}
+        if reduction == "mean" or "num_items" not in {*mix.tensors, *mix.options}
     },
     **{
-        f"from hidden states, {name}": Case(from_hidden, *OPTIONS[name])
-        for name in ("temperature", "labels, mask and weight", "hard labels", "number of items")
+        f"from hidden states, {name}": with_options(from_hidden, OPTIONS[name])
+        for name in ("temperature squared", "labels, mask, weight", "hard labels, scale", "num_items")
     },
-    "from hidden states, none": Case(from_hidden, ("mask",), {"divergence": "jsd", "reduction": "none"}),
+    "from hidden states, none": with_options(from_hidden, MIXES["mask"], divergence="jsd", reduction="none"),
     **{
         f"kl_div, {reduction}, log_target={log_target}": Case(
-            kl_div, (), {"reduction": reduction, "log_target": log_target}
+            kl_div, Mix({"reduction": reduction, "log_target": log_target})
         )
         for reduction in REDUCTIONS
         for log_target in (False, True)
@@ -121,24 +104,26 @@ FEW_CASES = {
     for name in (
         "forward_kl, mean",
         "jsd-0.1, none",
-        "labels, mask and weight, mean",
-        "from hidden states, labels, mask and weight",
+        "labels, mask, weight, mean",
+        "from hidden states, labels, mask, weight",
         "from hidden states, none",
+        "kl_div, batchmean, log_target=False",
     )
-} | {"kl_div": Case(kl_div, (), {"reduction": "batchmean"})}
+}
 
 Inputs = dict[str, Tensor]
 
 
 def make_inputs(case: Case, seed: int, dtype: torch.dtype, device: str, shape: tuple[int, int] = SHAPE) -> Inputs:
-    """Student, teacher, extras, and the factor that the gradient of the loss begins with."""
-    generator = torch.Generator().manual_seed(seed)
+    """Student, teacher, position tensors, and the factor that the gradient of the loss begins with."""
     student, teacher = make_pair(*shape, dtype=torch.float64, seed=seed)
     if case.function is kl_div:
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-        teacher = teacher if case.options.get("log_target") else teacher.exp()
-    made = {name: EXTRAS[name](shape[0], generator) for name in case.extras}
-    made["factor"] = 0.5 + torch.rand((), generator=generator)
+        teacher = teacher if case.mix.options["log_target"] else teacher.exp()
+    positions = case.mix.arguments(*shape[:-1], columns=30, seed=seed)
+    if "num_items" in case.mix.tensors:
+        positions["num_items"] += seed
+    made = {name: positions[name] for name in case.mix.tensors} | {"factor": logits(seed=seed).abs() + 0.5}
     return {"student": student.to(device, dtype), "teacher": teacher.to(device, dtype)} | {
         name: tensor.to(device) for name, tensor in made.items()
     }
@@ -147,8 +132,8 @@ def make_inputs(case: Case, seed: int, dtype: torch.dtype, device: str, shape: t
 def forward(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
     """The loss, its leaves, and what its gradient begins with."""
     leaves = [inputs[side].detach().requires_grad_() for side in ("student", "teacher")]
-    extras = {name: inputs[name] for name in case.extras}
-    loss = case.function(*(leaf.clone() for leaf in leaves), **extras, **case.options)
+    positions = {name: inputs[name] for name in case.mix.tensors}
+    loss = case.function(*(leaf.clone() for leaf in leaves), **positions, **case.mix.options)
     return loss, leaves, inputs["factor"].to(loss.dtype).expand_as(loss)
 
 
@@ -159,43 +144,42 @@ def compute(case: Case, inputs: Inputs) -> list[Tensor]:
 
 
 def assert_equal(results: list[Tensor], expected: list[Tensor]) -> None:
-    """To the bit, and of numbers alone: a NaN would mean that something was read too early."""
+    """The same bits, all finite: a NaN would mean that something was read too early."""
     for value, other in zip(results, expected, strict=True):
         assert value.dtype == other.dtype
         assert other.isfinite().all() and other.any()
         assert torch.equal(value, other)
 
 
-# ---------------------------------------------------------------- nothing waits for the device
+# ---------------------------------------------------------------- no synchronization
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """An operator that waits for the device raises."""
-    before = torch.cuda.get_sync_debug_mode()
+def no_synchronization() -> Iterator[None]:
+    """An operator that synchronizes raises."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_waiting_is_noticed(device: str) -> None:
-    """What the next test relies on."""
+def test_synchronization_is_noticed(device: str) -> None:
+    """The next test relies on it."""
     value = torch.ones((), device=device)
-    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
         value.item()
-    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
         torch.as_tensor(3, device=device)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_waits(device: str, name: str) -> None:
+def test_no_synchronization(device: str, name: str) -> None:
     case = CASES[name]
     for dtype in DTYPES:
         inputs = make_inputs(case, 1, dtype, device)
-        with no_waiting():
+        with no_synchronization():
             compute(case, inputs)
             with torch.no_grad():
                 forward(case, inputs)
@@ -237,7 +221,7 @@ def test_graph(device: str, name: str) -> None:
 
 
 class Head(nn.Module):
-    """Something to learn in front of a loss, from operators whose bits do not depend on where they run."""
+    """A parameter before a loss, by operators whose bits do not depend on the stream."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
@@ -251,8 +235,8 @@ class Head(nn.Module):
 @NO_CACHE
 @pytest.mark.parametrize("options", [FORWARD_KL.options, JSD.options], ids=["forward_kl", "jsd"])
 def test_graphed_callable(device: str, options: dict[str, Any]) -> None:
-    """Some steps of a module whose passes are graphs are those of the module itself."""
-    case = Case(distillation_loss, ("labels",), {})
+    """A module whose passes are CUDA graphs trains as the module itself."""
+    case = Case(distillation_loss, MIXES["labels"])
 
     def arguments(seed: int) -> tuple[Tensor, ...]:
         inputs = make_inputs(case, seed, torch.float32, device)
@@ -278,8 +262,8 @@ def test_graphed_callable(device: str, options: dict[str, Any]) -> None:
 
 
 def behind_a_slow_kernel(work: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What `work` returns, queued on the current stream while a kernel runs there that outlasts the queueing: whatever
-    it puts on another stream without making that one wait is done long before.
+    """The result of `work`, queued on the current stream behind a kernel that runs until all is queued. What `work`
+    queues on another stream, without making that wait, is done long before.
     """
     for cycles in (10**8, 10**9, 10**10):  # a twentieth of a second and more
         torch.cuda.synchronize()
@@ -294,7 +278,7 @@ def behind_a_slow_kernel(work: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 
 class Late(NamedTuple):
-    """Inputs that hold NaN, or 0, until copies on the stream that is current then fill them."""
+    """Inputs that hold NaN, or 0, until copies on the current stream fill them."""
 
     held: Inputs
     right: Inputs
@@ -311,53 +295,24 @@ class Late(NamedTuple):
         return self.held
 
 
-# Where a step runs, given a second stream and what fills the inputs. Each is tried once before, with inputs of NaN, so
-# that kernels are loaded and memory is at hand that holds nothing right.
-
-
-def all_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
-    with torch.cuda.stream(side):
-        compute(case, late.held)
-        return behind_a_slow_kernel(lambda: compute(case, late.filled()))
-
-
-def only_forward_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
-    outside = torch.cuda.current_stream()
-
-    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
-        loss, leaves, grad_output = forward(case, fill())
-        with torch.cuda.stream(outside):
-            gradients = torch.autograd.grad(loss, leaves, grad_output)
-            return [loss.detach(), *(gradient.clone() for gradient in gradients)]
-
-    with torch.cuda.stream(side):
-        step(lambda: late.held)
-        return behind_a_slow_kernel(lambda: step(late.filled))
-
-
-def only_backward_on_a_side_stream(case: Case, side: torch.cuda.Stream, late: Late) -> list[Tensor]:
-    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
-        loss, leaves, grad_output = forward(case, fill())
-        with torch.cuda.stream(side):
-            gradients = torch.autograd.grad(loss, leaves, grad_output)
-            return [loss.detach(), *(gradient.clone() for gradient in gradients)]
-
-    step(lambda: late.held)
-    return behind_a_slow_kernel(lambda: step(late.filled))
-
-
-@pytest.mark.parametrize(
-    "where",
-    [all_on_a_side_stream, only_forward_on_a_side_stream, only_backward_on_a_side_stream],
-    ids=lambda function: function.__name__,
-)
+@pytest.mark.parametrize("on_side_stream", ["forward", "backward", "forward, backward"])
 @pytest.mark.parametrize("name", FEW_CASES)
-def test_streams(device: str, name: str, where: Callable[..., list[Tensor]]) -> None:
-    """Everything runs on the stream that is current, and gradients are ready on the stream that asked for them."""
-    case = FEW_CASES[name]
+def test_streams(device: str, name: str, on_side_stream: str) -> None:
+    """Everything runs on the current stream, and gradients are ready on the stream that asked for them."""
+    case, current, side = FEW_CASES[name], torch.cuda.current_stream(), torch.cuda.Stream()
+    first, second = (side if direction in on_side_stream else current for direction in ("forward", "backward"))
+
+    def step(fill: Callable[[], Inputs]) -> list[Tensor]:
+        loss, leaves, grad_output = forward(case, fill())
+        with torch.cuda.stream(second):
+            gradients = torch.autograd.grad(loss, leaves, grad_output)
+            return [loss.detach(), *(gradient.clone() for gradient in gradients)]
+
     for dtype in DTYPES:
         late = Late.make(case, dtype, device)
-        results = where(case, torch.cuda.Stream(), late)
+        with torch.cuda.stream(first):
+            step(lambda late=late: late.held)  # loads kernels, and leaves memory at hand that holds nothing right
+            results = behind_a_slow_kernel(lambda late=late: step(late.filled))
         assert_equal(results, compute(case, late.right))  # computed now, so that no memory held it before
 
 
@@ -367,7 +322,7 @@ def test_streams(device: str, name: str, where: Callable[..., list[Tensor]]) -> 
 @TWO_DEVICES
 @pytest.mark.parametrize("name", CASES)
 def test_second_device(device: str, name: str) -> None:
-    """Tensors decide where a step runs, not the current device, which stays what it was."""
+    """The tensors' device is used, not the current one, which does not change."""
     case = CASES[name]
     for dtype, current in itertools.product(DTYPES, (0, 1)):
         expected = compute(case, make_inputs(case, 1, dtype, "cuda:0"))
@@ -382,7 +337,7 @@ def test_second_device(device: str, name: str) -> None:
 @TWO_DEVICES
 @pytest.mark.parametrize("name", FEW_CASES)
 def test_stream_of_the_second_device(device: str, name: str) -> None:
-    """The stream that is current there, while the other device is the current one."""
+    """Its current stream is used while the other device is the current one."""
     case = FEW_CASES[name]
     late = Late.make(case, torch.float32, "cuda:1")
 
@@ -405,7 +360,7 @@ def test_two_devices_in_one_call(device: str) -> None:
 
 # ---------------------------------------------------------------- memory
 
-# Without the caching allocator every tensor has pages of its own, which are gone as soon as it is.
+# Without the caching allocator every tensor has pages of its own, freed with it.
 UNCACHED = """
 import sys
 from test_cuda_contract import CASES, DTYPES, FEW_CASES, assert_equal, compute, make_inputs
@@ -440,12 +395,12 @@ def test_without_the_caching_allocator(device: str) -> None:
 
 
 LARGE = (256, 2**17)
-REST = 2**20  # all that grows with the rows alone, and what the allocator rounds up: a sixtieth of the least gradient
+REST = 2**20  # what grows with the rows alone, and what the allocator rounds up: 1/60 of the smallest gradient
 
 
 def extra_bytes(function: Callable[[], Any]) -> int:
-    """The most that is allocated at a time from the call of `function` until its result has been returned."""
-    gc.collect()  # what dies later would be counted as a gain
+    """The peak of allocated bytes during a call of `function`, beyond those before it."""
+    gc.collect()  # garbage that is freed later would be subtracted
     torch.cuda.empty_cache()  # blocks left by others are of other sizes, and may be handed out whole
     function()
     torch.cuda.synchronize()
@@ -457,9 +412,9 @@ def extra_bytes(function: Callable[[], Any]) -> int:
     return extra
 
 
-def gradients(function: Callable[..., Tensor], inputs: list[Tensor], wanted: int) -> list[Any]:
-    """What the first `wanted` inputs, as leaves, have accumulated after a backward pass."""
-    leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(inputs)]
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], count: int) -> list[Any]:
+    """Those of the first `count` inputs."""
+    leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
     function(*leaves).sum().backward()
     return [leaf.grad for leaf in leaves]
 
@@ -467,15 +422,15 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor], wanted: int
 def assert_memory_is_the_gradients(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> None:
     inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
     assert extra_bytes(lambda: function(*inputs)) <= REST
-    for wanted in (1, 2):
-        needed = wanted * inputs[0].nbytes
-        assert needed <= extra_bytes(lambda wanted=wanted: gradients(function, inputs, wanted)) <= needed + REST
+    for count in (1, 2):
+        needed = count * inputs[0].nbytes
+        assert needed <= extra_bytes(lambda count=count: gradients(function, inputs, count)) <= needed + REST
 
 
 @NO_CACHE
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_memory(device: str, divergence: Divergence) -> None:
-    """A forward pass needs some bytes per row, and a step beside them the gradients that are asked for."""
+    """A forward pass allocates some bytes per row, a backward pass the requested gradients beside them."""
     weight = torch.rand(LARGE[0], device=device)
     for dtype, reduction in itertools.product(DTYPES, ("mean", "none")):
         options = {**divergence.options, "weight": weight, "reduction": reduction}
@@ -493,20 +448,9 @@ def test_memory_of_kl_div(device: str, log_target: bool) -> None:
 # ---------------------------------------------------------------- determinism
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Operators without a deterministic algorithm raise, and what torch allocates begins as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_runs_are_equal(device: str, name: str) -> None:
-    """Alone, beside other work on the device, and on memory that nobody has written."""
+    """Alone, beside other work on the device, and on uninitialized memory."""
     case = CASES[name]
     busy, factor = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
     for dtype in DTYPES:
@@ -517,8 +461,11 @@ def test_runs_are_equal(device: str, name: str) -> None:
             for _ in range(20):
                 factor @ factor
         assert_equal(compute(case, inputs), first)
-        with deterministic():
+        torch.use_deterministic_algorithms(True)  # others raise, and memory that torch allocates begins as NaN
+        try:
             assert_equal(compute(case, inputs), first)
+        finally:
+            torch.use_deterministic_algorithms(False)
         torch.cuda.synchronize()
 
 
@@ -533,7 +480,7 @@ def test_autocast(device: str, name: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, 1, torch.float32, device)
     layer = nn.Linear(64, SHAPE[1], device=device)
     hidden = torch.randn(SHAPE[0], 64, device=device)
-    extras = {key: inputs[key] for key in case.extras}
+    positions = {name: inputs[name] for name in case.mix.tensors}
 
     def step(inside: bool) -> list[Tensor]:
         layer.zero_grad()
@@ -543,7 +490,7 @@ def test_autocast(device: str, name: str, dtype: torch.dtype) -> None:
             with torch.autocast(device, dtype, enabled=inside):
                 if case.function is kl_div:
                     logits = logits.float().log_softmax(-1)
-                loss = case.function(logits, inputs["teacher"], **extras, **case.options)
+                loss = case.function(logits, inputs["teacher"], **positions, **case.mix.options)
         assert loss.dtype == torch.float32
         (2.0**10 * loss.sum()).backward()
         return [loss.detach(), layer.weight.grad.clone(), layer.bias.grad.clone()]

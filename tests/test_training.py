@@ -1,14 +1,11 @@
-"""Losses inside training: micro-batches, a moving teacher, mixed precision, several processes, compiler caches."""
+"""Losses inside training: micro-batches, a moving teacher, mixed precision, several processes."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import functools
-import json
 import os
-import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import kldiv_ext
 from kldiv_ext import distillation_loss, kl_div, reference
 
 VOCABULARY, WIDTH = 96, 16
@@ -31,20 +27,19 @@ PROCESSES = 2
 
 
 class Loss(NamedTuple):
-    """One loss twice: (student_logits, teacher_logits, labels, num_items=None) -> Tensor."""
+    """(student_logits, teacher_logits, labels, num_items=None) -> Tensor, by the kernels and by the reference."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
 
 
-def with_options(**options: Any) -> Loss:
-    return Loss(
-        functools.partial(distillation_loss, **options), functools.partial(reference.distillation_loss, **options)
-    )
+def of_logits(**options: Any) -> Loss:
+    ours, plain = (functools.partial(f, **options) for f in (distillation_loss, reference.distillation_loss))
+    return Loss(ours, plain)
 
 
 def of_probabilities(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kl_div in the place of a distillation_loss."""
+    """A distillation_loss made of a kl_div."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
         counts = labels != -100
@@ -55,10 +50,10 @@ def of_probabilities(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 
 LOSSES = {
-    "forward_kl": with_options(),
-    "jsd": with_options(divergence="jsd", beta=0.1, temperature=2.0, scale_by_temperature_squared=True),
-    "alpha": with_options(divergence="alpha"),
-    "hard labels": with_options(hard_weight=0.3, soft_weight=0.7, logit_softcap=20.0),
+    "forward_kl": of_logits(),
+    "jsd": of_logits(divergence="jsd", beta=0.1, temperature=2.0, scale_by_temperature_squared=True),
+    "alpha": of_logits(divergence="alpha"),
+    "hard labels": of_logits(hard_weight=0.3, soft_weight=0.7, logit_softcap=20.0),
     "kl_div": Loss(of_probabilities(kl_div), of_probabilities(reference.kl_div)),
 }
 
@@ -97,7 +92,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(seed: int, device: str = "cpu") -> Batch:
-    """Twelve sequences, of which a third of the positions and all of the last two do not count."""
+    """Twelve sequences; a third of the positions and the last two sequences do not count."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels = torch.randint(0, VOCABULARY, (2, 12, 5), generator=generator)
     labels[torch.rand(12, 5, generator=generator) < 0.3] = -100
@@ -107,13 +102,11 @@ def make_batch(seed: int, device: str = "cpu") -> Batch:
 
 
 STEPS = 3
-MICRO_BATCHES = ((0, 1), (1, 7), (7, 10), (10, 12))  # unequal, the last one without a position that counts
+MICRO_BATCHES = ((0, 1), (1, 7), (7, 10), (10, 12))  # unequal; in the last one no position counts
 
 
 def assert_close(values: list[Tensor | None], expected: list[Tensor | None], tolerance: float = 1e-4) -> None:
-    """Each within `tolerance` of its size, which for small changes of large parameters is what float32 leaves; None
-    where None is expected.
-    """
+    """Relative L2 error of each tensor; None where None is expected. Differences of float32 parameters lose digits."""
     assert len(values) == len(expected) > 0
     for value, other in zip(values, expected, strict=True):
         assert (value is None) == (other is None)
@@ -127,7 +120,7 @@ def assert_close(values: list[Tensor | None], expected: list[Tensor | None], tol
 
 
 def take_steps(module: nn.Module, device: str, backward: Callable[[Batch], None]) -> list[Tensor]:
-    """How some steps change the parameters."""
+    """The change of every parameter after some steps."""
     start = [parameter.detach().clone() for parameter in module.parameters()]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
     for seed in range(STEPS):
@@ -149,7 +142,7 @@ def accumulation(loss: Callable[..., Tensor], device: str, micro_batches: tuple[
 
 
 def moving_teacher(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
-    """A teacher without gradients that follows the student, already between its forward and backward passes."""
+    """An exponential moving average of the student as teacher, updated between forward and backward."""
     both = nn.ModuleList([Model(0), Model(1).requires_grad_(False)]).to(device)
     student, teacher = both
 
@@ -194,20 +187,20 @@ LOOPS = {f.__name__: f for f in (moving_teacher, learning_teacher, gradient_pena
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loop(device: str, loop: str, loss: str) -> None:
-    """It trains as it does with the plain loss."""
+    """Parameters change as with the plain loss."""
     assert_close(*(LOOPS[loop](function, device) for function in LOSSES[loss]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_accumulation(device: str, loss: str) -> None:
-    """Unequal micro-batches train as the plain loss of the whole batch does."""
+    """Unequal micro-batches change the parameters as the plain loss of the whole batch does."""
     ours, plain = LOSSES[loss]
     assert_close(accumulation(ours, device, MICRO_BATCHES), accumulation(plain, device, ((0, 12),)))
 
 
 def mixed_precision(loss: Callable[..., Tensor], device: str) -> tuple[list[Tensor], list[float]]:
-    """float16 logits and a GradScaler that begins too high. Among so many items the gradients of the logits, unscaled,
-    are less than the smallest number of float16. Returns the changes of the parameters, and the scales.
+    """(changes of the parameters, scales) with float16 logits and a GradScaler whose first scale overflows. With this
+    num_items the unscaled gradients of the logits underflow in float16.
     """
     model = Model().to(device)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**64, backoff_factor=2.0**-40)
@@ -228,9 +221,9 @@ def mixed_precision(loss: Callable[..., Tensor], device: str) -> tuple[list[Tens
     return [(after - before).detach() for after, before in zip(model.parameters(), start, strict=True)], scales
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kl_div"])  # whose loss is float16, and overflows
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kl_div"])  # a float16 kl_div overflows
 def test_gradient_scaler(device: str, loss: str) -> None:
-    """An overflow is seen and its step left out; the other steps are as accurate as float16."""
+    """A step that overflows is skipped; the other steps are as accurate as float16."""
     (ours, our_scales), (plain, plain_scales) = (mixed_precision(function, device) for function in LOSSES[loss])
     assert our_scales == plain_scales == [2.0**24] * STEPS, "not the first step alone overflowed"
     assert_close(ours, plain, tolerance=2e-3)
@@ -240,13 +233,13 @@ def test_gradient_scaler(device: str, loss: str) -> None:
 
 
 class Step(nn.Module):
-    """Student and loss, the module that is distributed: a call is a forward pass."""
+    """Student and loss in one module, which is distributed."""
 
     def __init__(self, loss: Callable[..., Tensor], reentrant: bool | None = None, spare: bool = False) -> None:
         super().__init__()
         self.model = Model()
         self.loss = loss
-        self.reentrant = reentrant  # recompute head and loss in backward, by either checkpoint
+        self.reentrant = reentrant  # the kind of checkpoint around head and loss, or None
         if spare:
             self.spare = nn.Linear(2, 2)
 
@@ -284,12 +277,12 @@ def fully_shard(module: Step) -> nn.Module:
 
 
 class Job(NamedTuple):
-    """A training run shared by all processes."""
+    """A training run of all processes."""
 
     distribute: Callable[..., nn.Module]
     loss: str = "forward_kl"
-    accumulate: bool = False  # communicate after the last micro-batch alone
-    step: dict[str, Any] = {}  # noqa: RUF012, nobody writes to it
+    accumulate: bool = False  # communicate only after the last micro-batch
+    step: dict[str, Any] = {}  # noqa: RUF012, never written
 
 
 JOBS = {
@@ -310,12 +303,12 @@ JOBS = {
 
 
 class Outcome(NamedTuple):
-    losses: list[Tensor]  # of every step
-    gradients: dict[str, Tensor | None]  # of the last one
+    losses: list[Tensor]  # one per step
+    gradients: dict[str, Tensor | None]  # of the last step
 
 
 def full_gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    """By the names that the parameters had before they were distributed."""
+    """{name of the parameter before it was distributed: its whole gradient}"""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
@@ -333,20 +326,19 @@ def full_gradients(module: nn.Module) -> dict[str, Tensor | None]:
     return gradients
 
 
-def train(job: Job, mine: slice) -> Outcome:
-    """One process's part: its micro-batches of each step. The gradients of all are averaged."""
-    module = job.distribute(Step(LOSSES[job.loss].ours, **job.step))
+def train(module: nn.Module, micro_batches: Any, processes: int = 1, accumulate: bool = False) -> Outcome:
+    """The steps of one of `processes`, over whose gradients a distributed module averages."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     losses = []
     for seed in range(STEPS):
         optimizer.zero_grad()
         batch = make_batch(seed)
         value = torch.zeros(())
-        for rows in MICRO_BATCHES[mine]:
-            alone = job.accumulate and rows != MICRO_BATCHES[mine][-1]
+        for rows in micro_batches:
+            alone = accumulate and rows != micro_batches[-1]
             with module.no_sync() if alone else contextlib.nullcontext():
                 loss = module(batch.rows(*rows), batch.num_items)
-                (PROCESSES * loss).backward()
+                (processes * loss).backward()
             value += loss.detach()
         losses.append(value)
         if seed + 1 < STEPS:
@@ -354,25 +346,10 @@ def train(job: Job, mine: slice) -> Outcome:
     return Outcome(losses, full_gradients(module))
 
 
-def train_alone(job: Job) -> Outcome:
-    """The same in one process: whole batches, the plain loss and nothing else of the job."""
-    module = Step(LOSSES[job.loss].plain, spare=job.step.get("spare", False))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    losses = []
-    for seed in range(STEPS):
-        optimizer.zero_grad()
-        batch = make_batch(seed)
-        losses.append(module(batch, batch.num_items))
-        losses[-1].backward()
-        if seed + 1 < STEPS:
-            optimizer.step()
-    return Outcome([loss.detach() for loss in losses], {n: p.grad for n, p in module.named_parameters()})
-
-
 def run_jobs(rank: int, folder: Path) -> None:
-    """A process: all jobs, or those up to the first that raises; what they gave goes to a file."""
+    """One process: all jobs up to the first that raises. The outcomes are saved to a file."""
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve
     torch.set_num_threads(1)
     outcomes: dict[str, Any] = {}
     try:
@@ -386,8 +363,10 @@ def run_jobs(rank: int, folder: Path) -> None:
         half = len(MICRO_BATCHES) // PROCESSES
         for name, job in JOBS.items():
             outcomes[name] = f"{name}, process {rank}: not finished"
-            outcomes[name] = tuple(train(job, slice(rank * half, (rank + 1) * half)))
-    except Exception:  # the other process's next communication then raises too
+            module = job.distribute(Step(LOSSES[job.loss].ours, **job.step))
+            mine = MICRO_BATCHES[rank * half : (rank + 1) * half]
+            outcomes[name] = tuple(train(module, mine, PROCESSES, job.accumulate))
+    except Exception:  # the next communication of the other process then raises too
         outcomes[list(outcomes)[-1] if outcomes else ""] = f"process {rank}: {traceback.format_exc()}"
     torch.save(outcomes, folder / f"{rank}.pt")
     if dist.is_initialized():
@@ -396,7 +375,7 @@ def run_jobs(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of every process, by job: an Outcome, or the text of an exception."""
+    """Per process {job: Outcome, or the text of an exception}"""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch is built without gloo")
     folder = tmp_path_factory.mktemp("processes")
@@ -406,95 +385,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_processes(outcomes: list[dict[str, Any]], name: str) -> None:
-    """The losses of the processes add up to one process's, and each has its gradients."""
+    """The losses of the processes add up to that of one process, whose gradients each of them has."""
     errors = [text for results in outcomes for text in results.values() if isinstance(text, str)]
     if any(not isinstance(results.get(name), tuple) for results in outcomes):
         pytest.fail("\n".join(errors), pytrace=False)
-    expected = train_alone(JOBS[name])
+    job = JOBS[name]
+    expected = train(Step(LOSSES[job.loss].plain, spare=job.step.get("spare", False)), ((0, 12),))
     each = [Outcome(*results[name]) for results in outcomes]
     assert_close([sum(values) for values in zip(*(o.losses for o in each), strict=True)], expected.losses)
     for outcome in each:
         assert list(outcome.gradients) == list(expected.gradients)
         assert_close(list(outcome.gradients.values()), list(expected.gradients.values()))
-
-
-# ---------------------------------------------------------------- the compiler's caches
-
-COMPILED_TWICE = """
-import json
-import sys
-import torch
-from torch._dynamo.utils import counters
-from kldiv_ext import distillation_loss, kl_div
-
-CASES = json.loads(sys.argv[1])
-generator = torch.Generator().manual_seed(0)
-student, teacher = torch.randn(2, 4, 37, generator=generator)
-
-def run(function):
-    leaf = student.clone().requires_grad_()
-    losses = function(leaf, teacher)
-    losses.sum().backward()
-    return torch.cat([losses.detach().reshape(-1), leaf.grad.reshape(-1)])
-
-report = {}
-for name, options in CASES.items():
-    loss = kl_div if name.startswith("kl_div") else distillation_loss
-    function = lambda s, t: loss(s, t, **options)
-    for allowed in (False, True):
-        torch._dynamo.reset()
-        counters.clear()
-        with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=allowed):
-            result = run(torch.compile(function, fullgraph=True))
-        assert torch.equal(result, run(function)), name
-        kinds = {**counters["aot_autograd"], **counters["inductor"]}
-        report[f"{name}, {allowed}"] = {
-            "counters": {kind: count for kind, count in kinds.items() if "cache" in kind},
-            "bits": result.view(torch.int32).tolist(),
-        }
-print(json.dumps(report))
-"""
-
-# Options that are baked into what is cached, so that a case must not be served another's.
-CACHED = {
-    "mean": {},
-    "jsd": {"divergence": "jsd", "reduction": "none"},
-    "temperature": {"divergence": "jsd", "reduction": "none", "temperature": 2.0},
-    "kl_div": {"reduction": "sum", "log_target": True},
-}
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_compiler_caches(tmp_path: Path) -> None:
-    """A second process takes everything from the caches of the first, and gets the same bits.
-
-    By default AOTAutograd's own cache leaves every autograd.Function out, and inductor's beneath it serves; allowed to
-    keep them, it serves alone.
-    """
-    paths = [str(Path(kldiv_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TORCHINDUCTOR_VEC_ISA_OK": "0",  # plain loops, without seconds of trying what the compiler can do
-    }
-    reports = []
-    for _ in range(2):
-        command = [sys.executable, "-c", COMPILED_TWICE, json.dumps(CACHED)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(done.stdout.splitlines()[-1]))
-    cold, warm = reports
-    assert len(warm) == 2 * len(CACHED)
-    for name in warm:
-        assert warm[name]["bits"] == cold[name]["bits"]
-        counters = warm[name]["counters"]
-        assert not any("miss" in kind or kind == "fxgraph_cache_bypass" for kind in counters), f"{name}: {counters}"
-        if name.endswith("True"):
-            assert counters["autograd_cache_hit"] == 1 and "autograd_cache_bypass" not in counters
-            assert cold[name]["counters"]["autograd_cache_miss"] == 1
-        else:
-            assert counters["fxgraph_cache_hit"] == 2  # forward and backward
-            assert cold[name]["counters"]["fxgraph_cache_miss"] >= 1  # some share one of their graphs
