@@ -28,7 +28,7 @@ def environment_flag(name: str) -> bool:
 
 
 def cuda_home() -> Path | None:
-    """The toolkit: its nvcc and headers. An nvcc on the PATH may be a wrapper that stands somewhere else."""
+    """The toolkit with nvcc and headers. An nvcc on the PATH may be a wrapper outside its toolkit."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc:

@@ -46,7 +46,7 @@ build() {
 }
 
 tests() {
-  local processes=() chosen=(tests --ignore=tests/test_cuda_kernels_emulated.py -k "$device")
+  local processes=() chosen=(tests --ignore=tests/emulation -k "$device")
   if has xdist; then processes=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
   if [[ ${QUICK-} ]]; then chosen=(tests/test_token_stats.py -k "$device"); fi
   # A package that a test file lacks fails that file alone. The stage fails if no test passes, or all are skipped.

@@ -50,11 +50,11 @@ print(_library.cuda_missing_reason if torch.cuda.is_available() else "torch sees
 [[ -z $reason ]] || cannot "$reason"
 
 # The emulated kernels are CPU tests. What runs long under a tool: one of each way through the kernels.
-every_test=(tests --ignore=tests/test_cuda_kernels_emulated.py -k cuda)
-some_tests=(tests/test_{distillation_loss,distillation_options,kl_div,token_stats}.py -k
+every_test=(tests --ignore=tests/emulation -k cuda)
+some_tests=(tests/test_{distillation_*,kl_div,token_stats}.py -k
   "cuda and (divergence or shape or strides or grad_output or reductions or options or token_stats)")
 if [[ $small ]]; then
-  some_tests=(tests/test_{distillation_loss,distillation_options,kl_div,token_stats}.py -k
+  some_tests=(tests/test_{distillation_*,kl_div,token_stats}.py -k
     "cuda and (test_divergence or test_shape or over_many_columns or test_grad_outputs or test_every_figure)")
   every_test=("${some_tests[@]}")
 fi

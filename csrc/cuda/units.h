@@ -1,7 +1,7 @@
 // float arithmetic by a multiprocessor's special function unit, in place of the polynomials of math.h: an exponential,
 // a logarithm or a reciprocal is one instruction, and instructions are what rows of 16-bit logits are short of.
 //
-// Relative errors are larger than those of math.h, and measured in tests/test_cuda_kernels_emulated.py with the worst
+// Relative errors are larger than those of math.h, and measured in tests/emulation/test_columns.py with the worst
 // results that PTX allows.
 #pragma once
 
