@@ -91,7 +91,7 @@ def test_positions_and_reductions(
     assert result.grad_student.any()
 
 
-@pytest.mark.parametrize("num_items", [0, torch.tensor(0), torch.tensor(37.5)], ids=["0", "0-d 0", "float"])
+@pytest.mark.parametrize("num_items", [37, 0, torch.tensor(37), torch.tensor(0), torch.tensor(37.5)], ids=str)
 @pytest.mark.parametrize("names", [(), ("labels",), ("mask",), ("weight",), ("labels", "mask", "weight")], ids=str)
 def test_num_items(device: str, names: tuple[str, ...], num_items: int | Tensor) -> None:
     student, teacher = make_pair(3, 8, COLUMNS, device=device)

@@ -45,6 +45,14 @@ def test_ignored_positions_are_not_read(device: str, divergence: Divergence, by:
     assert not any(gradient[dead].any() for gradient in result.gradients)
 
 
+def test_ignore_index(device: str) -> None:
+    """Any label may be the one that does not count; -100 is then an ordinary label."""
+    student, teacher = make_pair(4, 30, device=device)
+    labels = torch.tensor([7, -100, 3, 7], device=device)
+    result = check(student, teacher, labels, ignore_index=7, reduction="none")
+    assert (result.loss == 0).tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("by, reduction", [
     *((by, reduction) for by in ("labels", "mask", "weight") for reduction in REDUCTIONS), ("num_items", "mean"),
 ])  # fmt: skip
