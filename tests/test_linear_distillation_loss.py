@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    DIVERGENCES,
+    ALL_DIVERGENCES,
+    BOTH_PATHS,
     DTYPES,
-    ENDPOINTS,
-    FORWARD_KL,
     JSD,
     LAYOUTS,
     MODEL_TENSORS,
@@ -49,7 +48,7 @@ def test_options(device: str, mix: Mix, dtype: torch.dtype) -> None:
     check_models(models, chunk_size=None, **JSD.options, **arguments)
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_divergence(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
     models = make_models(11, device=device, dtype=dtype, bias=False)
@@ -63,7 +62,7 @@ def test_it_is_distillation_loss_of_the_logits(device: str, dtype: torch.dtype) 
     models = make_models(2, 6, device=device, dtype=dtype, bias=False)
     wide = {name: x.float() for name, x in models.items()} if device == "cuda" else models
     logits = [F.linear(wide[f"{side}_hidden"], wide[f"{side}_weight"]) for side in ("student", "teacher")]
-    for divergence in (FORWARD_KL, JSD):
+    for divergence in BOTH_PATHS:
         expected = distillation_loss(*logits, **divergence.options)
         loss = linear_distillation_loss(**models, chunk_size=4, **divergence.options)
         assert_losses_close(loss, expected.to(loss.dtype))
@@ -176,7 +175,7 @@ def test_grad_output_and_retain_graph(device: str, reduction: str) -> None:
     check_models(models, reduction=reduction, grad_output=factor)
 
 
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(device: str, divergence: Divergence, reduction: str) -> None:
     models = {n: x.requires_grad_() for n, x in make_models(3, device=device, vocab=7, hidden=(2, 6)).items()}
