@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    DIVERGENCES,
+    ALL_DIVERGENCES,
+    BOTH_PATHS,
     DTYPES,
-    ENDPOINTS,
-    FORWARD_KL,
     JSD,
     LAYOUTS,
     MODEL_TENSORS,
@@ -40,21 +39,13 @@ HEADS = [name for name in MODEL_TENSORS if not name.endswith("hidden")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mix", named(OPTION_MIXES))
+@pytest.mark.parametrize("mix", named({**OPTION_MIXES, **{str(d): Mix(d.options) for d in ALL_DIVERGENCES}}))
 def test_options(device: str, mix: Mix, dtype: torch.dtype) -> None:
     models = make_models(3, 4, device=device, dtype=dtype)
     arguments = mix.arguments(3, 4, columns=COLUMNS, device=device)
     for reduction in REDUCTIONS:
         check_models(models, **{**arguments, "reduction": reduction})
-    check_models(models, chunk_size=None, **JSD.options, **arguments)
-
-
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_divergence(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
-    models = make_models(11, device=device, dtype=dtype, bias=False)
-    for reduction in ("mean", "none"):
-        check_models(models, temperature=1.5, reduction=reduction, **divergence.options)
+    check_models(models, chunk_size=None, **{**JSD.options, **arguments})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +54,7 @@ def test_it_is_distillation_loss_of_the_logits(device: str, dtype: torch.dtype) 
     models = make_models(2, 6, device=device, dtype=dtype, bias=False)
     wide = {name: x.float() for name, x in models.items()} if device == "cuda" else models
     logits = [F.linear(wide[f"{side}_hidden"], wide[f"{side}_weight"]) for side in ("student", "teacher")]
-    for divergence in (FORWARD_KL, JSD):
+    for divergence in BOTH_PATHS:
         expected = distillation_loss(*logits, **divergence.options)
         loss = linear_distillation_loss(**models, chunk_size=4, **divergence.options)
         assert_losses_close(loss, expected.to(loss.dtype))
@@ -176,7 +167,7 @@ def test_grad_output_and_retain_graph(device: str, reduction: str) -> None:
     check_models(models, reduction=reduction, grad_output=factor)
 
 
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(device: str, divergence: Divergence, reduction: str) -> None:
     models = {n: x.requires_grad_() for n, x in make_models(3, device=device, vocab=7, hidden=(2, 6)).items()}
