@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .options import DistillationOptions, LogitsOptions, completed, denominator, per_side, takes
+from .options import DistillationOptions, LogitsOptions, LossOptions, completed, denominator, takes
 
 
 def _plogr(p: Tensor, log_p: Tensor, log_r: Tensor) -> Tensor:
@@ -161,14 +161,12 @@ def _both_effective(
     student_logits: Tensor, teacher_logits: Tensor, counts: Tensor, options: LogitsOptions
 ) -> list[Tensor]:
     """Both sides' effective logits; positions that do not count are replaced by 0, whatever they hold."""
+    scales, softcaps = (
+        x if isinstance(x, (tuple, list)) else (x, x) for x in (options["logit_scale"], options["logit_softcap"])
+    )
     return [
         effective_logits(z.double().masked_fill(~counts[..., None], 0), scale, softcap, options["valid_vocab"])
-        for z, scale, softcap in zip(
-            (student_logits, teacher_logits),
-            per_side(options["logit_scale"], 1.0),
-            per_side(options["logit_softcap"], 0.0),
-            strict=True,
-        )
+        for z, scale, softcap in zip((student_logits, teacher_logits), scales, softcaps, strict=True)
     ]
 
 
@@ -209,6 +207,7 @@ def distillation_loss(
     return reduced(torch.where(counts, losses * weights, 0), divisor)
 
 
+@takes(LossOptions)
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -219,9 +218,13 @@ def linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    **options: Any,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; tensors are not checked."""
+    chosen: LossOptions = completed("linear_distillation_loss", LossOptions, options)
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = hidden.double() @ weight.double().t()
@@ -231,7 +234,9 @@ def linear_distillation_loss(
     if teacher_logits is None:
         assert teacher_hidden is not None and teacher_weight is not None
         teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
-    return distillation_loss(student_logits, teacher_logits, labels, **options)
+    return distillation_loss(
+        student_logits, teacher_logits, labels, mask=mask, weight=weight, num_items=num_items, **chosen
+    )
 
 
 @takes(LogitsOptions)

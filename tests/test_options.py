@@ -50,6 +50,11 @@ TAKERS: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {
         reference.distillation_loss,
         lambda **o: reference.distillation_loss(X, X, **o),
     ),
+    "reference.linear_distillation_loss": (
+        options.LossOptions,
+        reference.linear_distillation_loss,
+        lambda **o: reference.linear_distillation_loss(X, WEIGHT, X, WEIGHT, **o),
+    ),
     "reference.token_stats": (LogitsOptions, reference.token_stats, lambda **o: reference.token_stats(X, X, **o)),
 }
 
