@@ -52,8 +52,9 @@ DIVERGENCES = [
 LOPSIDED = [Divergence(name, parameter) for name in PARAMETERS for parameter in (0.001, 0.999)]
 # At the ends, where the divergence is another one.
 ENDPOINTS = [Divergence(name, end) for name in PARAMETERS for end in (0.0, 1.0)]
+ALL_DIVERGENCES = [*DIVERGENCES, *ENDPOINTS]
 # One per path through the kernels: the gradient is computed in the pass of the sums, or in a pass of its own.
-FORWARD_KL, JSD = Divergence("forward_kl"), Divergence("jsd", 0.1)
+FORWARD_KL, JSD = BOTH_PATHS = Divergence("forward_kl"), Divergence("jsd", 0.1)
 
 # ---------------------------------------------------------------- tensors
 
@@ -116,7 +117,7 @@ def position_tensors(
     seed: int = 1,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Those of labels, mask, weight [...] and num_items [] that are named.
+    """Labels, mask and weight [...] and num_items [], those of them that are named.
 
     The first position counts in all of them. Where there is room, the labels hold the first and the last class, and
     each tensor excludes a position that the others include.

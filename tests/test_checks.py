@@ -304,7 +304,7 @@ def test_operators_do_not_read_out_of_bounds(call: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("requested", [(True, False), (False, True)])
 def test_a_gradient_that_forward_was_not_asked_for_is_not_finite(requested: tuple[bool, bool]) -> None:
-    """Its row constants lack the sums of that side."""
+    """The row constants lack the sums for it."""
     student, teacher = torch.randn(2, 5), torch.randn(2, 5)
     _, row_constants, *_ = ops.distillation_loss(student, teacher, LABELS, None, *OPERATOR_OPTIONS, *requested, False)
     gradients = backward(student, teacher, torch.ones(2), row_constants)

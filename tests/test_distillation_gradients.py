@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    DIVERGENCES,
+    ALL_DIVERGENCES,
+    BOTH_PATHS,
     DTYPES,
-    ENDPOINTS,
-    FORWARD_KL,
     JSD,
     LAYOUTS,
     OPTION_MIXES,
@@ -37,7 +36,7 @@ COLUMNS = 70
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 def test_derivatives(device: str, divergence: Divergence, reduction: str) -> None:
     """First derivatives for every choice of gradients, and second derivatives."""
     both = make_pair(2, 7, dtype=torch.float64, device=device)
@@ -51,7 +50,7 @@ def test_derivatives(device: str, divergence: Divergence, reduction: str) -> Non
 
 
 @pytest.mark.parametrize("mix", named(OPTION_MIXES))
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 def test_derivatives_of_options(device: str, divergence: Divergence, mix: Mix) -> None:
     both = make_pair(4, COLUMNS, dtype=torch.float64, device=device, distance=0.5)
     student, teacher = (x.requires_grad_() for x in both)
@@ -155,7 +154,7 @@ def test_logits_changed_before_backward_raise(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", named(LAYOUTS))
 @pytest.mark.parametrize("columns", [COLUMNS, 2100])
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 def test_in_place(
     device: str, divergence: Divergence, columns: int, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
@@ -204,7 +203,7 @@ def test_in_place_without_memory(mode: str) -> None:
 
 
 def test_in_place_without_a_gradient_of_the_student(device: str) -> None:
-    """Leaves are allowed, and are not written."""
+    """Leaf logits are allowed, and are not written."""
     student, teacher = make_pair(3, COLUMNS, device=device)
     before = student.clone()
     distillation_loss(student, teacher.requires_grad_(), inplace_backward=True).backward()
@@ -214,7 +213,7 @@ def test_in_place_without_a_gradient_of_the_student(device: str) -> None:
 
 
 def test_in_place_raises_where_the_logits_are_needed(device: str) -> None:
-    """By another loss, by a second backward, or by the operator that made them."""
+    """Another loss, a second backward, or the operator that made the logits may need them."""
     leaf, teacher = make_pair(3, COLUMNS, device=device)
     leaf.requires_grad_()
 

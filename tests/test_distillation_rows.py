@@ -8,11 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import (
+    ALL_DIVERGENCES,
+    BOTH_PATHS,
     DIVERGENCES,
     DTYPES,
-    ENDPOINTS,
-    FORWARD_KL,
-    JSD,
     REDUCTIONS,
     Divergence,
     Result,
@@ -45,6 +44,14 @@ def test_ignored_positions_are_not_read(device: str, divergence: Divergence, by:
     assert not any(gradient[dead].any() for gradient in result.gradients)
 
 
+def test_ignore_index(device: str) -> None:
+    """Any label may be the one that does not count; -100 is then an ordinary label."""
+    student, teacher = make_pair(4, 30, device=device)
+    labels = torch.tensor([7, -100, 3, 7], device=device)
+    result = check(student, teacher, labels, ignore_index=7, reduction="none")
+    assert (result.loss == 0).tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("by, reduction", [
     *((by, reduction) for by in ("labels", "mask", "weight") for reduction in REDUCTIONS), ("num_items", "mean"),
 ])  # fmt: skip
@@ -65,7 +72,7 @@ def test_no_position_counts(device: str, dtype: torch.dtype, by: str, reduction:
 
 
 @pytest.mark.parametrize("shared", ["int", "tensor"])
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 def test_gradient_accumulation(device: str, divergence: Divergence, shared: str) -> None:
     """With a shared num_items, unequal micro-batches add up to the large batch."""
     student, teacher = make_pair(12, 60, device=device)
@@ -94,9 +101,9 @@ AT_0_AND_1 = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 def test_columns_dead_on_both_sides(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
-    """They contribute 0 with zero gradients: the loss is that of the other columns."""
+    """Such columns contribute 0 with zero gradients: the loss is that of the other columns."""
     student, teacher = make_pair(3, 70, dtype=dtype, device=device)
     dead = torch.arange(70, device=device) % 3 == 1
     student[:, dead] = teacher[:, dead] = -INF
@@ -109,7 +116,7 @@ def test_columns_dead_on_both_sides(device: str, divergence: Divergence, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 def test_columns_dead_on_one_side(device: str, divergence: Divergence, side: int, dtype: torch.dtype) -> None:
     """The loss is +inf where the definition is, in that row alone. A column of probability 0 has no gradient."""
     both = make_pair(3, 70, dtype=dtype, device=device)
@@ -133,7 +140,7 @@ def test_columns_dead_on_one_side(device: str, divergence: Divergence, side: int
 @pytest.mark.parametrize("teacher_too", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_an_infinite_forward_kl(device: str, dtype: torch.dtype, teacher_too: bool, reduction: str) -> None:
-    """The student's is finite, q - p."""
+    """The student's gradient is finite, q - p."""
     student, teacher = make_pair(3, 70, dtype=dtype, device=device)
     student[1, 5:9] = -INF
     scale = 2.0**10  # keeps float16 above its subnormal numbers
@@ -197,7 +204,7 @@ BROKEN_ROWS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)], ids=["student", "teacher", "both"])
 @pytest.mark.parametrize("damage", named(BROKEN_ROWS))
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 def test_broken_rows_are_nan_alone(
     device: str, divergence: Divergence, damage: Callable[[Tensor], None], sides: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -216,7 +223,7 @@ def test_broken_rows_are_nan_alone(
     "options", [{"soft_weight": 0.0, "hard_weight": 1.0}, {"divergence": "skew_reverse_kl", "skew": 1.0}], ids=str
 )
 def test_a_row_broken_on_one_side_is_nan_on_both(device: str, options: dict[str, float], side: int) -> None:
-    """Also where the divergence has weight 0 or is 0 by definition."""
+    """The results are NaN also where the divergence has weight 0 or is 0 by definition."""
     both = make_pair(2, 5, device=device)
     both[side][0, 3] = NAN
     labels = torch.tensor([1, 2], device=device)

@@ -68,7 +68,7 @@ def test_backward_twice(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=str)
 def test_forward_mode(device: str, which: tuple[bool, bool], dtype: torch.dtype) -> None:
-    """Leaves that require a gradient carry tangents: one or both."""
+    """One leaf or both, which require a gradient, carry tangents."""
     tensors = pair(3, 4, dtype=dtype, device=device)
     results = []
     for function in (kl_div, F.kl_div):
@@ -83,7 +83,7 @@ def test_forward_mode(device: str, which: tuple[bool, bool], dtype: torch.dtype)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (1, 1)], ids=str)
 def test_vmap(device: str, in_dims: tuple[int, int | None], reduction: str, log_target: bool) -> None:
-    """Over rows, over one argument, over columns; and its gradients."""
+    """vmap over rows, over one argument and over columns, with gradients inside and outside."""
     input, target = pair(4, 4, log_target=log_target, device=device)
     target = target[0] if in_dims[1] is None else target
     batched = lambda f: vmap(lambda a, b: f(a, b, reduction=reduction, log_target=log_target), in_dims)  # noqa: E731
@@ -119,7 +119,7 @@ class Recorded(torch.Tensor):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_torch_function_subclass(side: int) -> None:
-    """PyTorch computes it, so that the subclass sees a call of F.kl_div, which it may know."""
+    """PyTorch computes the loss of a subclass, which sees the call of F.kl_div."""
     tensors = pair(3, 4)
     expected = F.kl_div(*tensors, reduction="sum")
     tensors[side] = tensors[side].as_subclass(Recorded)
@@ -131,7 +131,7 @@ def test_torch_function_subclass(side: int) -> None:
 
 
 def test_what_keeps_the_kernel(device: str) -> None:
-    """Parameters, and torch.set_default_device, which is a torch function mode."""
+    """Parameters and torch.set_default_device, a torch function mode, do not lose the fused kernel."""
     input, target = pair(3, 4, device=device)
     losses = [kl_div(torch.nn.Parameter(input), target, reduction="sum")]
     with torch.device("cpu"):

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    DIVERGENCES,
+    ALL_DIVERGENCES,
+    BOTH_PATHS,
     DTYPES,
-    ENDPOINTS,
-    FORWARD_KL,
     JSD,
     LAYOUTS,
     MODEL_TENSORS,
@@ -49,7 +48,7 @@ def test_options(device: str, mix: Mix, dtype: torch.dtype) -> None:
     check_models(models, chunk_size=None, **JSD.options, **arguments)
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, *ENDPOINTS], ids=str)
+@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_divergence(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
     models = make_models(11, device=device, dtype=dtype, bias=False)
@@ -59,11 +58,11 @@ def test_divergence(device: str, divergence: Divergence, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_is_distillation_loss_of_the_logits(device: str, dtype: torch.dtype) -> None:
-    """Where both see the same logits; on a GPU these are not rounded."""
+    """Both losses see the same logits, which are float32 on a GPU."""
     models = make_models(2, 6, device=device, dtype=dtype, bias=False)
     wide = {name: x.float() for name, x in models.items()} if device == "cuda" else models
     logits = [F.linear(wide[f"{side}_hidden"], wide[f"{side}_weight"]) for side in ("student", "teacher")]
-    for divergence in (FORWARD_KL, JSD):
+    for divergence in BOTH_PATHS:
         expected = distillation_loss(*logits, **divergence.options)
         loss = linear_distillation_loss(**models, chunk_size=4, **divergence.options)
         assert_losses_close(loss, expected.to(loss.dtype))
@@ -90,7 +89,7 @@ def test_strides_and_dtypes(device: str, change: Callable[[str, Tensor], Tensor]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_teacher_logits(device: str, dtype: torch.dtype) -> None:
-    """In place of the teacher's hidden states and weight: contiguous, in rows that no view flattens, and padded."""
+    """The teacher's logits are contiguous, have strides that no view flattens, or are padded."""
     models = make_models(3, 4, device=device, dtype=dtype)
     models = {name: x for name, x in models.items() if name.startswith("student")}
     mask = torch.rand(3, 4, device=device) < 0.6
@@ -127,7 +126,7 @@ def test_padded_vocabularies(device: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_masked_positions_are_never_read(device: str, dtype: torch.dtype, reduction: str) -> None:
-    """A NaN there reaches neither the loss nor a weight's gradient; their own gradients are 0."""
+    """A NaN in such a position reaches neither the loss nor a weight's gradient; the position's gradient is 0."""
     mask = torch.tensor([True, False, True, True, False, True], device=device)
     models = make_models(6, device=device, dtype=dtype)
     broken = {n: x.masked_fill(~mask[:, None], torch.nan) if n not in HEADS else x for n, x in models.items()}
@@ -141,7 +140,7 @@ def test_masked_positions_are_never_read(device: str, dtype: torch.dtype, reduct
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_position_counts(device: str, reduction: str, shape: tuple[int, ...]) -> None:
-    """By the mask, or because no part has a weight: nothing is read, and all gradients are 0."""
+    """Nothing is read and all gradients are 0, if the mask excludes all positions or both weights are 0."""
     models = make_models(*shape, device=device)
     models["student_hidden"].fill_(torch.nan)
     for options in ({"mask": torch.zeros(shape, dtype=torch.bool, device=device)}, {"soft_weight": 0.0}):
@@ -176,7 +175,7 @@ def test_grad_output_and_retain_graph(device: str, reduction: str) -> None:
     check_models(models, reduction=reduction, grad_output=factor)
 
 
-@pytest.mark.parametrize("divergence", [FORWARD_KL, JSD], ids=str)
+@pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(device: str, divergence: Divergence, reduction: str) -> None:
     models = {n: x.requires_grad_() for n, x in make_models(3, device=device, vocab=7, hidden=(2, 6)).items()}
@@ -191,7 +190,7 @@ def test_gradcheck(device: str, divergence: Divergence, reduction: str) -> None:
 
 
 def test_transforms_and_forward_mode(device: str) -> None:
-    """torch.func and tangents, by the composite; a compiled func.grad is not 0."""
+    """The composite supports torch.func and tangents; a compiled func.grad is not 0."""
     models = make_models(4, device=device)
     hidden = models.pop("student_hidden")
     function = lambda hidden: linear_distillation_loss(hidden, **models)  # noqa: E731
@@ -216,7 +215,7 @@ def test_one_head_for_both_models(device: str) -> None:
 
 
 def test_float16_gradients_do_not_underflow(device: str) -> None:
-    """They are multiplied by grad_output, the factor of a GradScaler, before they are stored."""
+    """Gradients are multiplied by grad_output, the factor of a GradScaler, before they are stored."""
     models = make_models(8, device=device, dtype=torch.float16)
     _, small = run_models(linear_distillation_loss, models, num_items=10**7, grad_output=2.0**24)
     doubled = {name: x.double() for name, x in models.items()}
@@ -227,7 +226,7 @@ def test_float16_gradients_do_not_underflow(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
-    """And no input is written."""
+    """The bits are the same in every run, and no input is written."""
     models = make_models(40, device=device, dtype=dtype)
     before = {name: x.clone() for name, x in models.items()}
     for options in ({}, {"mask": torch.arange(40, device=device) % 3 > 0}):
@@ -241,7 +240,7 @@ def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(device: str, dtype: torch.dtype) -> None:
-    """Products have its dtype, as in F.linear; float32 parameters get float32 gradients, whose sums are not rounded."""
+    """Products have autocast's dtype, as in F.linear; float32 parameters get float32 gradients, with unrounded sums."""
     models = make_models(40, device=device, dtype=torch.float32)
     double = {name: x.double() for name, x in models.items()}
     exact_loss, exact = run_models(reference.linear_distillation_loss, double)

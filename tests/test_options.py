@@ -77,7 +77,7 @@ def assert_in_docstring(function: Callable[..., Any], kind: type) -> None:
 
 @pytest.mark.parametrize("name", ALL_OPTIONS)
 def test_option_is_complete(name: str) -> None:
-    """It has a type, a default that its check accepts, and a sentence."""
+    """An option has a type, a default that its check accepts, and a sentence."""
     annotation, option = ALL_OPTIONS[name]
     assert annotation is not Any
     option.check(name, option.default)
@@ -119,7 +119,7 @@ def test_divergences_are_listed() -> None:
     "linear_distillation_loss", "token_stats",
 ])  # fmt: skip
 def test_operators_take_the_fields_of_operator_options(name: str) -> None:
-    """In their order; token_stats takes those of the logits."""
+    """Schemas have the fields in their order; token_stats takes those of the logits."""
     arguments = [a.name for a in getattr(torch.ops.kldiv_ext, name).default._schema.arguments]
     fields = list(OperatorOptions._fields)
     if name == "token_stats":
@@ -197,7 +197,7 @@ def test_a_new_option_appears_everywhere() -> None:
 
 @pytest.mark.parametrize("taker", TAKERS)
 def test_unknown_options(taker: str) -> None:
-    """Misspelt options, and those of other functions; the message names the function."""
+    """A misspelt option and one of another function raise an error that names the function."""
     kind, _, call = TAKERS[taker]
     for name in {"temprature", *ALL_OPTIONS} - set(table(kind)):
         with pytest.raises(TypeError, match=rf"{taker.split('.')[-1]}\(\) got an unexpected .*'{name}'"):

@@ -74,7 +74,7 @@ def test_positions(device: str) -> None:
 
 
 def test_agreement_in_any_column(device: str) -> None:
-    """In any chunk and any lane; of equal largest logits the first counts."""
+    """The argmax may be in any chunk and any lane; among equal logits it is the first."""
     columns = 5000
     for first, second in ((0, 0), (0, 1), (17, 17), (1023, 1024), (1024, 1024), (4999, 4999), (2048, 4999), (7, 9)):
         student, teacher = torch.zeros(2, 2, columns, device=device)
@@ -97,7 +97,7 @@ def test_infinities(device: str) -> None:
 
 
 def test_divergences_are_those_of_the_loss(device: str) -> None:
-    """Also of close rows; identical rows have divergence 0 and agree."""
+    """Close rows keep their accuracy; identical rows have divergence 0 and agree."""
     for distance in (1.0, 1e-2, 1e-4):
         student, teacher = make_pair(4, 8000, spread=3.0, distance=distance, device=device)
         stats = check(student, teacher)
