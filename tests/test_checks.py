@@ -189,7 +189,7 @@ def test_every_tensor_has_a_wrong_case(call: Any) -> None:
 
 @pytest.mark.parametrize("label", [-1, 9, 2**40])
 def test_labels_out_of_range(label: int) -> None:
-    """They raise on the CPU as in F.cross_entropy, unless the position does not count or no cross entropy is used."""
+    """On the CPU such labels raise as in F.cross_entropy, where the position counts and a cross entropy is used."""
     labels = torch.tensor([[1, 2, label], [3, -100, 4]])
     options: dict[str, Any] = {"valid_vocab": 9, "hard_weight": 0.5}
     with pytest.raises(IndexError, match=rf"labels.*\[0, 9\).*{label}"):

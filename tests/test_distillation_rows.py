@@ -131,7 +131,9 @@ def test_columns_dead_on_one_side(device: str, divergence: Divergence, side: int
     infinite = name in (INFINITE_FOR_DEAD_STUDENT, INFINITE_FOR_DEAD_TEACHER)[side]
     assert result.loss.isinf().tolist() == [False, infinite, False]
     assert infinite or not result.gradients[side][1, 5:9].any()
-    rows = [0, 2] if infinite else [0, 1, 2]  # the gradients of infinite rows have tests of their own
+    if infinite and side == 1:  # for the other side: test_gradient_of_an_infinite_forward_kl
+        assert result.grad_student[1].isnan().all()
+    rows = [0, 2] if infinite else [0, 1, 2]
     for gradient, exact in zip(result.gradients, expected.gradients, strict=True):
         assert_gradients_close(gradient[rows], exact[rows])
 
@@ -151,16 +153,6 @@ def test_gradient_of_an_infinite_forward_kl(device: str, dtype: torch.dtype, tea
     assert_gradients_close(result.grad_student, expected)
     if teacher_too:
         assert result.grad_teacher.isnan().any(-1).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("name", ["reverse_kl", "jeffreys"])
-def test_gradient_of_another_infinite_divergence_is_nan(device: str, name: str) -> None:
-    student, teacher = make_pair(3, 70, device=device)
-    teacher[1, 5:9] = -INF
-    result = run(distillation_loss, student, teacher, divergence=name, reduction="none")
-    assert result.loss.isinf().tolist() == [False, True, False]
-    assert result.grad_student[1].isnan().all()
-    assert all(gradient[[0, 2]].isfinite().all() for gradient in result.gradients)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -39,21 +39,13 @@ HEADS = [name for name in MODEL_TENSORS if not name.endswith("hidden")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mix", named(OPTION_MIXES))
+@pytest.mark.parametrize("mix", named({**OPTION_MIXES, **{str(d): Mix(d.options) for d in ALL_DIVERGENCES}}))
 def test_options(device: str, mix: Mix, dtype: torch.dtype) -> None:
     models = make_models(3, 4, device=device, dtype=dtype)
     arguments = mix.arguments(3, 4, columns=COLUMNS, device=device)
     for reduction in REDUCTIONS:
         check_models(models, **{**arguments, "reduction": reduction})
-    check_models(models, chunk_size=None, **JSD.options, **arguments)
-
-
-@pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_divergence(device: str, divergence: Divergence, dtype: torch.dtype) -> None:
-    models = make_models(11, device=device, dtype=dtype, bias=False)
-    for reduction in ("mean", "none"):
-        check_models(models, temperature=1.5, reduction=reduction, **divergence.options)
+    check_models(models, chunk_size=None, **{**JSD.options, **arguments})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
