@@ -122,7 +122,10 @@ def column_errors(rows: Rows, options: dict[str, Any], eps: float) -> tuple[Tens
     larger, log_larger = torch.maximum(p, q), finite(torch.maximum(rows.log_q, rows.log_p)).abs()
     shift = (finite(rows.log_p.amax(-1, keepdim=True)) - finite(rows.log_q.amax(-1, keepdim=True))).abs()
     shift = shift + (larger * (offsets(rows) > temperature / 64) * (4 + log_larger)).sum(-1, keepdim=True)
-    gradients = [terms + share * terms.sum(-1, keepdim=True) + 2 * eps * shift * larger for share in (q, p)]
+    errors = terms
+    if options["divergence"] == "total_variation":  # the sign of p - q where float64 does not resolve it
+        errors = errors + larger * ((p - q).abs() <= 4 * EPS64 * larger)
+    gradients = [errors + share * errors.sum(-1, keepdim=True) + 2 * eps * shift * larger for share in (q, p)]
     return terms, [g / temperature for g in gradients]
 
 
