@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair
+from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair, run
 from conftest import NO_CUDA, run_python
 from torch import Tensor, nn
 
@@ -399,19 +399,13 @@ def extra_bytes(function: Callable[[], Any]) -> int:
     return extra
 
 
-def gradients(function: Callable[..., Tensor], inputs: list[Tensor], count: int) -> list[Any]:
-    """Those of the first `count` inputs."""
-    leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
-    function(*leaves).sum().backward()
-    return [leaf.grad for leaf in leaves]
-
-
 def assert_memory_is_the_gradients(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> None:
     inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
     assert extra_bytes(lambda: function(*inputs)) <= REST
-    for count in (1, 2):
-        needed = count * inputs[0].nbytes
-        assert needed <= extra_bytes(lambda count=count: gradients(function, inputs, count)) <= needed + REST
+    for needs_grad in ((True, False), (True, True)):
+        needed = sum(needs_grad) * inputs[0].nbytes
+        step = functools.partial(run, function, *inputs, needs_grad=needs_grad)
+        assert needed <= extra_bytes(step) <= needed + REST
 
 
 @NO_CACHE
