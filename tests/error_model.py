@@ -64,7 +64,8 @@ def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[l
     scales, caps = both_sides(options)
     common_scale = caps == (0, 0) and scales[0] == scales[1]
     student, teacher = (
-        (16 * EPS64 + (few_eps if (scale != 1 or cap) and not common_scale else 0)) * (1 + finite(z).abs())
+        16 * EPS64 * (1 + finite(z).abs())
+        + (2 * few_eps * finite(z).abs() if (scale != 1 or cap) and not common_scale else 0)
         for z, scale, cap in zip(rows[:2], scales, caps, strict=True)
     )
     # t - s is rounded: less the difference of the maxima where that is below 1, else each side less its maximum.
