@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# NVIDIA's compute-sanitizer over the CUDA tests on a machine with a GPU, tool by tool; a log each, then a summary.
+# Runs the CUDA tests under NVIDIA's compute-sanitizer, tool by tool, on a machine with a GPU. Writes a log per tool and
+# a summary.
 #
 #   tests/compute_sanitizer.sh [--small] [--parallel] [--seconds N] FOLDER [memcheck|racecheck|initcheck|synccheck]...
 #
-# --small: every divergence and dtype once, minutes less; --parallel: the tools side by side; --seconds: a tool that
-# takes longer is stopped, which counts as found. PYTHON and COMPUTE_SANITIZER name other programs than those on the
-# PATH. Reports have line numbers where the package was built with NVCC_APPEND_FLAGS=-lineinfo. Exits with 1 where
-# something was found, with 2 where nothing can be run.
+# --small: every divergence and dtype once; --parallel: all tools at once; --seconds: a tool that takes longer is
+# stopped, which counts as a failure. PYTHON and COMPUTE_SANITIZER replace the programs of the PATH. Reports have line
+# numbers if the package was built with NVCC_APPEND_FLAGS=-lineinfo. Exit status: 1 if a tool failed, 2 if none can run.
 set -euo pipefail
 usage() {
   sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
@@ -49,13 +49,13 @@ print(_library.cuda_missing_reason if torch.cuda.is_available() else "torch sees
   cannot "$python cannot import kldiv_ext"
 [[ -z $reason ]] || cannot "$reason"
 
-# The emulated kernels are CPU tests. What runs long under a tool: one of each way through the kernels.
+# The emulated kernels are CPU tests. The slower tools get one test per path through the kernels.
 every_test=(tests --ignore=tests/emulation -k cuda)
-some_tests=(tests/test_{distillation_*,kl_div,token_stats}.py -k
-  "cuda and (divergence or shape or strides or grad_output or reductions or options or token_stats)")
+files=(tests/test_{distillation_loss,distillation_gradients,kl_div,token_stats}.py)
+some_tests=("${files[@]}" -k "cuda and (options or reductions or shape or strides or grad_output or in_place or statistics)")
 if [[ $small ]]; then
-  some_tests=(tests/test_{distillation_*,kl_div,token_stats}.py -k
-    "cuda and (test_divergence or test_shape or over_many_columns or test_grad_outputs or test_every_figure)")
+  some_tests=("${files[@]}" -k
+    "cuda and (test_options and defaults or test_shape or over_many_columns or test_grad_output or test_statistics)")
   every_test=("${some_tests[@]}")
 fi
 
@@ -65,14 +65,14 @@ under() { # TOOL PROGRAM...
   local ours=(--kernel-name kns=kldiv) environment=(TORCHINDUCTOR_COMPILE_THREADS=1)
   case $1 in
     memcheck)
-      # Torch checks what CUDA's functions return, and some of its questions are answered with an error.
+      # Torch handles the errors that CUDA's functions return, and provokes some of them.
       options+=(--report-api-errors no "${ours[@]}")
-      # In torch's cache of memory the neighbours of a tensor are allocated too.
+      # In the caching allocator the memory next to a tensor is allocated too: an overrun would not be seen.
       environment+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
       ;;
     initcheck)
-      # Tools before CUDA 13.5 take what a kernel wrote that they do not watch for uninitialised: they watch all, and
-      # find torch's own. Only reports that name our kernels count.
+      # Tools before CUDA 13.5 report as uninitialized what a filtered kernel wrote. So they watch every kernel, and
+      # only reports that name ours count.
       if [[ $help == *initcheck-track-filtered-global-memory* ]]; then options+=("${ours[@]}"); fi
       options+=(--print-limit 10000)
       environment+=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
@@ -83,9 +83,9 @@ under() { # TOOL PROGRAM...
   timeout --kill-after=10 "$left" env "${environment[@]}" "$sanitizer" "${options[@]}" "${@:2}"
 }
 
-reports() { grep -cE '^=========.* at .*kldiv' "$1" || true; } # a memory access or a race, by the kernel it is in
+reports() { grep -cE '^=========.* at .*kldiv' "$1" || true; } # memory accesses and races in our kernels
 
-# Leaves what is to be said about TOOL in `verdict`; fails unless that is "clean".
+# Sets `verdict` for TOOL; fails unless it is "clean".
 check() { # TOOL LOG
   local fault='' status=0 ours tests=("${some_tests[@]}")
   case $1 in
@@ -95,7 +95,7 @@ check() { # TOOL LOG
   if [[ $fault ]]; then
     under "$1" "$python" -m tests.sanitize.faults "$fault" cuda >"$2.fault" 2>&1 || true
     if (($(reports "$2.fault") == 0)); then
-      verdict="does not notice a fault on purpose: $2.fault"
+      verdict="does not report a deliberate fault: $2.fault"
       return 1
     fi
   fi
@@ -103,9 +103,9 @@ check() { # TOOL LOG
   ours=$(reports "$2")
   verdict="clean"
   if ((ours > 0)); then
-    verdict="$ours places in reports name our kernels"
+    verdict="$ours reported places are in our kernels"
   elif ((status == 124 || status == 137)); then
-    verdict="not done after $seconds s"
+    verdict="stopped after $seconds s"
   elif ((status == found)) && [[ $1 != initcheck ]]; then
     verdict="found something"
   elif ((status != 0 && status != found)); then
@@ -113,9 +113,9 @@ check() { # TOOL LOG
   elif ! grep -qE '[0-9]+ passed' "$2"; then
     verdict="no test ran"
   elif ! grep -q 'SUMMARY: ' "$2"; then
-    verdict="no summary of the tool's"
+    verdict="the tool wrote no summary"
   elif grep -q 'were not printed' "$2"; then
-    verdict="more reports than are printed"
+    verdict="more reports than it prints"
   fi
   [[ $verdict == clean ]]
 }

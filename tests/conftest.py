@@ -1,6 +1,9 @@
 """Fixtures and options that every test shares: devices, --slow, seeds, and how much hypothesis draws."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Set before torch starts its threads. A spinning thread would take the core from another test process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -9,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+import kldiv_ext
 from kldiv_ext import _library
 
 hypothesis.settings.register_profile("default", max_examples=120, deadline=None, derandomize=True, database=None)
@@ -35,6 +39,16 @@ def no_cuda_reason() -> str:
 
 
 NO_CUDA = pytest.mark.skipif(no_cuda_reason() != "", reason=no_cuda_reason())
+
+
+def run_python(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    """What another Python process prints, with this copy of the package and the tests on its path."""
+    folders = [Path(kldiv_ext.__file__).parent.parent, Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, filter(None, folders)))}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])

@@ -64,10 +64,11 @@ def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[l
     scales, caps = both_sides(options)
     common_scale = caps == (0, 0) and scales[0] == scales[1]
     student, teacher = (
-        (16 * EPS64 + (few_eps if (scale != 1 or cap) and not common_scale else 0)) * (1 + finite(z).abs())
+        16 * EPS64 * (1 + finite(z).abs())
+        + (2 * few_eps * finite(z).abs() if (scale != 1 or cap) and not common_scale else 0)
         for z, scale, cap in zip(rows[:2], scales, caps, strict=True)
     )
-    # t - s is rounded: less the difference of the maxima where those are close, else each side less its maximum.
+    # t - s is rounded: less the difference of the maxima where that is below 1, else each side less its maximum.
     tops = [finite(z.amax(-1, keepdim=True)) for z in rows[:2]]
     difference, top = finite(rows.teacher - rows.student), tops[1] - tops[0]
     offset = offsets(rows)
@@ -75,7 +76,8 @@ def moves(rows: Rows, options: dict[str, Any], dtype: torch.dtype) -> Iterator[l
     close = offset + inexact * (difference.abs() + top.abs())
     apart = finite(rows.student - tops[0]).abs() + finite(rows.teacher - tops[1]).abs()
     distance = top.abs() / (scales[0] if common_scale else 1)  # a common scale belongs to the temperature
-    teacher = teacher + few_eps * torch.where(offset == 0, 0, torch.where(distance < 0.99, close, apart))
+    either = torch.where(distance < 0.99, close, torch.where(distance > 1.01, apart, torch.maximum(close, apart)))
+    teacher = teacher + few_eps * torch.where(offset == 0, 0, either)
     towards = torch.where(rows.log_p > rows.log_q, 1.0, -1.0)
     generator = torch.Generator().manual_seed(0)
     for draw in range(DRAWS):
@@ -121,7 +123,10 @@ def column_errors(rows: Rows, options: dict[str, Any], eps: float) -> tuple[Tens
     larger, log_larger = torch.maximum(p, q), finite(torch.maximum(rows.log_q, rows.log_p)).abs()
     shift = (finite(rows.log_p.amax(-1, keepdim=True)) - finite(rows.log_q.amax(-1, keepdim=True))).abs()
     shift = shift + (larger * (offsets(rows) > temperature / 64) * (4 + log_larger)).sum(-1, keepdim=True)
-    gradients = [terms + share * terms.sum(-1, keepdim=True) + 2 * eps * shift * larger for share in (q, p)]
+    errors = terms
+    if options["divergence"] == "total_variation":  # the sign of p - q where float64 does not resolve it
+        errors = errors + larger * ((p - q).abs() <= 4 * EPS64 * larger)
+    gradients = [errors + share * errors.sum(-1, keepdim=True) + 2 * eps * shift * larger for share in (q, p)]
     return terms, [g / temperature for g in gradients]
 
 

@@ -23,7 +23,10 @@ from kldiv_ext._library import accumulation_dtype
 from kldiv_ext.autograd import COMPOSITES
 from kldiv_ext.options import OperatorOptions
 
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides",
+    "ignore:.torch.jit.script",  # inside AOTAutograd
+)
 
 ROWS, COLUMNS = 4, 37  # more than a vector, and not a multiple of one
 

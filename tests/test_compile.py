@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import MIXES, Mix, make_pair, named, run
+from conftest import run_python
 from oracle import assert_equal
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -233,18 +231,16 @@ COMPILED_TWICE = """
 import json
 import sys
 import torch
+from cases import make_pair, run
 from torch._dynamo.utils import counters
 from kldiv_ext import distillation_loss, kl_div
 
 CASES = json.loads(sys.argv[1])
-generator = torch.Generator().manual_seed(0)
-student, teacher = torch.randn(2, 4, 37, generator=generator)
+tensors = make_pair(4, 37)
 
-def run(function):
-    leaf = student.clone().requires_grad_()
-    losses = function(leaf, teacher)
-    losses.sum().backward()
-    return torch.cat([losses.detach().reshape(-1), leaf.grad.reshape(-1)])
+def bits(function):
+    result = run(function, *tensors, needs_grad=(True, False))
+    return torch.cat([result.loss.reshape(-1), result.grad_student.reshape(-1)]).view(torch.int32).tolist()
 
 report = {}
 for name, options in CASES.items():
@@ -254,12 +250,12 @@ for name, options in CASES.items():
         torch._dynamo.reset()
         counters.clear()
         with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=allowed):
-            result = run(torch.compile(function, fullgraph=True))
-        assert torch.equal(result, run(function)), name
+            result = bits(torch.compile(function, fullgraph=True))
+        assert result == bits(function), name
         kinds = {**counters["aot_autograd"], **counters["inductor"]}
         report[f"{name}, {allowed}"] = {
             "counters": {kind: count for kind, count in kinds.items() if "cache" in kind},
-            "bits": result.view(torch.int32).tolist(),
+            "bits": result,
         }
 print(json.dumps(report))
 """
@@ -280,22 +276,14 @@ def test_caches(tmp_path: Path) -> None:
     By default AOTAutograd's own cache leaves out every autograd.Function, and inductor's beneath it serves. If allowed
     to keep them, it serves alone.
     """
-    paths = [str(Path(kldiv_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         "TORCHINDUCTOR_VEC_ISA_OK": "0",  # as above
     }
-    reports = []
-    for _ in range(2):
-        command = [sys.executable, "-c", COMPILED_TWICE, json.dumps(CACHED)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(done.stdout.splitlines()[-1]))
-    cold, warm = reports
+    command = "-c", COMPILED_TWICE, json.dumps(CACHED)
+    cold, warm = (json.loads(run_python(*command, cwd=tmp_path, **environment).splitlines()[-1]) for _ in range(2))
     assert len(warm) == 2 * len(CACHED)
     for name in warm:
         assert warm[name]["bits"] == cold[name]["bits"]

@@ -7,20 +7,16 @@ import functools
 import gc
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair
-from conftest import NO_CUDA
+from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair, run
+from conftest import NO_CUDA, run_python
 from torch import Tensor, nn
 
-import kldiv_ext
 from kldiv_ext import DistillationLoss, distillation_loss, kl_div, linear_distillation_loss
 
 pytestmark = pytest.mark.filterwarnings(
@@ -381,17 +377,8 @@ print("done")
 
 
 def test_without_the_caching_allocator(device: str) -> None:
-    folders = [str(Path(__file__).parent), str(Path(kldiv_ext.__file__).parent.parent)]
-    environment = {
-        **os.environ,
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH", "")])),
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-c", UNCACHED, device]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["done"]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONWARNINGS": "ignore"}
+    assert run_python("-c", UNCACHED, device, **environment) == "done\n"
 
 
 LARGE = (256, 2**17)
@@ -412,19 +399,13 @@ def extra_bytes(function: Callable[[], Any]) -> int:
     return extra
 
 
-def gradients(function: Callable[..., Tensor], inputs: list[Tensor], count: int) -> list[Any]:
-    """Those of the first `count` inputs."""
-    leaves = [t.detach().requires_grad_(i < count) for i, t in enumerate(inputs)]
-    function(*leaves).sum().backward()
-    return [leaf.grad for leaf in leaves]
-
-
 def assert_memory_is_the_gradients(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> None:
     inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
     assert extra_bytes(lambda: function(*inputs)) <= REST
-    for count in (1, 2):
-        needed = count * inputs[0].nbytes
-        assert needed <= extra_bytes(lambda count=count: gradients(function, inputs, count)) <= needed + REST
+    for needs_grad in ((True, False), (True, True)):
+        needed = sum(needs_grad) * inputs[0].nbytes
+        step = functools.partial(run, function, *inputs, needs_grad=needs_grad)
+        assert needed <= extra_bytes(step) <= needed + REST
 
 
 @NO_CACHE

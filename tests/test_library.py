@@ -5,17 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import inspect
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kldiv_ext
@@ -25,21 +24,6 @@ from kldiv_ext import _library, info, reference
 PACKAGE = Path(kldiv_ext.__file__).parent
 OBJECTS = sorted(PACKAGE.glob("*.so"))
 CUDA_OBJECT = PACKAGE / resources.OBJECT
-
-
-def run_python(*arguments: str, cwd: Path, **environment: str) -> str:
-    """What a Python in another directory prints, with this copy of the package on its path."""
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def needs_cuda_object(test: Any) -> Any:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +20,10 @@ from cases import (
     make_pair,
     run,
 )
+from conftest import run_python
 from oracle import assert_gradients_close, row_errors
 from torch import Tensor
 
-import kldiv_ext
 from kldiv_ext import distillation_loss, reference, token_stats
 
 REAL = 32000  # Llama 2
@@ -421,10 +417,7 @@ for log_target in (False, True):
 @pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
 def test_instruction_set(wanted: str) -> None:
     """KLDIV_EXT_CPU_ISA is an upper bound: the best instruction set of the machine up to it is used."""
-    paths = [str(Path(__file__).parent), str(Path(kldiv_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "KLDIV_EXT_CPU_ISA": wanted, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = subprocess.run([sys.executable, "-c", ON_ONE_ISA], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
     order = ["portable", "avx2", "avx512"]
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    assert result.stdout.split() == [order[min(order.index(wanted), order.index(best))]]
+    used = run_python("-c", ON_ONE_ISA, KLDIV_EXT_CPU_ISA=wanted).split()
+    assert used == [order[min(order.index(wanted), order.index(best))]]
