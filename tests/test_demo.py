@@ -1,7 +1,5 @@
 """The demo (examples/demo.py) runs end to end in its smoke-test size."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

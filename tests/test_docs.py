@@ -24,9 +24,6 @@ def read(path: str | Path) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------- code blocks
-
-
 def training_loop() -> dict[str, Any]:
     """The names that blocks use without defining them: what a training loop has at hand."""
     labels = torch.randint(60, (3, 5))
@@ -74,9 +71,6 @@ def test_code_blocks_run(path: Path) -> None:
         torch.testing.assert_close(*losses)
 
 
-# ---------------------------------------------------------------- pages
-
-
 def test_readme_is_short_and_its_links_resolve() -> None:
     """Links of docs/ are checked by `mkdocs build --strict`."""
     assert len(read("README.md").splitlines()) <= 130
@@ -92,9 +86,6 @@ def test_every_divergence_option_and_public_name_is_documented() -> None:
     for table in (markdown_table(DistillationOptions), more):
         assert table in read("docs/options.md"), f"docs/options.md must hold this table:\n{table}"
     assert set(kldiv_ext.__all__) <= set(re.findall(r"^::: kldiv_ext\.(\w+)", read("docs/api.md"), re.MULTILINE))
-
-
-# ---------------------------------------------------------------- versions and messages
 
 
 def test_versions_agree() -> None:
