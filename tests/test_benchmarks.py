@@ -14,14 +14,12 @@ pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 
 import kldiv_ext
 from benchmarks import __main__ as command
-from benchmarks import accuracy, contenders, linear, measure, report, suites
-from benchmarks.contenders import Problem
+from benchmarks import accuracy, contenders, linear, measure, promises, report, suites
 from benchmarks.measure import SMALL, Expected, Step, quantiles, time_steps, verify
-from benchmarks.promises import gradient_promise, loss_promise
 from benchmarks.results import Record, Report, dumps, loads, save
-from benchmarks.suites import FEW_MODES, MODES, Task
 
 RunQuick = Callable[..., tuple[int, Report]]
+SHAPES = ((4096, 128256), (4096, 32000), (8192, 151936), (2048, 262144), (8, 32000), (256, 1024), (65536, 64))
 GPU_SUITE = ("--suite", "gpu", "--dtype", "bfloat16", "--seconds", "0.01")
 
 
@@ -34,13 +32,10 @@ def run_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunQuick:
     return lambda main, *argv: (main([*argv, *quick]), loads(path.read_text()))
 
 
-def test_quick_check_runs(run_quick: RunQuick) -> None:
+def test_quick_check_fails_on_wrong_results_alone(run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch) -> None:
     status, run = run_quick(command.main, "--check")
     assert status == 0 and {row["status"] for row in run["results"]} == {"ok"}
     assert {row["divergence"] for row in run["results"]} == {*kldiv_ext.DIVERGENCES, *contenders.LOG_TARGETS}
-
-
-def test_wrong_results_fail_the_run(run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kldiv_ext, "kl_div", lambda input, *_args, **_options: input.sum())
     assert run_quick(command.main, "--check", "--op", "kl_div")[0] == 1
 
@@ -55,19 +50,15 @@ def test_quick_linear_runs(run_quick: RunQuick) -> None:
     assert all(0 < row["kl"] < 1e-3 for row in run["close"])
 
 
-def test_quick_accuracy_runs(run_quick: RunQuick) -> None:
+def test_accuracy_fails_on_misses_alone(run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     status, run = run_quick(accuracy.main)
     ours = [record for record in run["accuracy"] if record["contender"] == "kldiv_ext"]
     assert status == 0 and {record["status"] for record in ours} == {"ok"}
     assert {record["divergence"] for record in ours} == set(kldiv_ext.DIVERGENCES)
     assert {record["dtype"] for record in ours} == set(accuracy.DTYPES)
     assert "liger" in run["left_out"]
-
-
-def test_inaccurate_results_fail_the_run(run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     right = kldiv_ext.distillation_loss
     monkeypatch.setattr(kldiv_ext, "distillation_loss", lambda *args, **options: right(*args, **options) * 1.001)
-    monkeypatch.setattr(accuracy, "DTYPES", {"float32": torch.float32})
     assert run_quick(accuracy.main)[0] == 1
     expected = "reverse_kl, float32, V = 1000, KL = 1.0e-03: loss 1.0e-03 off by 1.0e-06 (1.0e-03)"
     assert expected in capsys.readouterr().err
@@ -76,10 +67,8 @@ def test_inaccurate_results_fail_the_run(run_quick: RunQuick, monkeypatch: pytes
 def test_absent_contenders_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "_load_liger", lambda: {}["liger_kernel"])  # any exception
     assert contenders.missing("cuda") == {"liger": "its import failed: KeyError: 'liger_kernel'"}
-    assert contenders.CONTENDERS["liger"](Problem("distillation_loss", "jsd", 8, 16, torch.float32, "cuda")) is None
-
-
-SHAPES = ((4096, 128256), (4096, 32000), (8192, 151936), (2048, 262144), (8, 32000), (256, 1024), (65536, 64))
+    problem = contenders.Problem("distillation_loss", "jsd", 8, 16, torch.float32, "cuda")
+    assert contenders.CONTENDERS["liger"](problem) is None
 
 
 def measured(contender: str) -> list[tuple[str, tuple[int, int], str, str]]:
@@ -93,35 +82,32 @@ def test_gpu_suite_has_everything_that_is_asked_of_a_gpu() -> None:
     ours = measured("kldiv_ext")
     assert len(ours) == len(set(ours))
     expected = [
-        *product(kldiv_ext.DIVERGENCES, SHAPES, suites.DTYPES, (*FEW_MODES, "forward_backward_teacher")),
+        *product(kldiv_ext.DIVERGENCES, SHAPES, suites.DTYPES, (*suites.FEW_MODES, "forward_backward_teacher")),
         *product(["forward_kl", "jsd"], SHAPES, suites.DTYPES, ["forward_backward_half"]),
-        *product(contenders.LOG_TARGETS, [*SHAPES, (8, 16)], suites.DTYPES, FEW_MODES),
+        *product(contenders.LOG_TARGETS, [*SHAPES, (8, 16)], suites.DTYPES, suites.FEW_MODES),
     ]
     assert set(expected) <= set(ours)
 
 
-@pytest.mark.parametrize("contender", ["eager", "eager_float", "liger"])
-def test_gpu_suite_has_rivals(contender: str) -> None:
-    """Rivals run for forward_kl and jsd everywhere, and for every divergence on one shape."""
-    found = set(measured(contender))
-    assert found.issuperset(product(["forward_kl", "jsd"], SHAPES, suites.DTYPES, FEW_MODES))
-    assert found.issuperset(product(kldiv_ext.DIVERGENCES, SHAPES[:1], ["bfloat16"], MODES))
-
-
-@pytest.mark.parametrize("contender", contenders.SLOW_TO_BUILD)
-def test_gpu_suite_builds_slow_contenders_seldom(contender: str) -> None:
-    found = measured(contender)
-    assert 1 <= len({row[:3] for row in found}) <= 12
-    assert {row[2] for row in found} == {"bfloat16"}
-    assert "forward_backward_teacher" not in {row[3] for row in found}
+def test_gpu_suite_has_rivals() -> None:
+    """Rivals run for forward_kl and jsd everywhere, and for every divergence on one shape; slow builds are few."""
+    expected = {
+        *product(["forward_kl", "jsd"], SHAPES, suites.DTYPES, suites.FEW_MODES),
+        *product(kldiv_ext.DIVERGENCES, SHAPES[:1], ["bfloat16"], suites.MODES),
+    }
+    for contender in ("eager", "eager_float", "liger"):
+        assert expected <= set(measured(contender)), contender
+    for contender in contenders.SLOW_TO_BUILD:
+        problems = {row[:3] for row in measured(contender)}
+        assert 1 <= len(problems) <= 12 and {dtype for *_, dtype in problems} == {"bfloat16"}, contender
+        assert "forward_backward_teacher" not in {row[3] for row in measured(contender)}, contender
 
 
 def test_options_narrow_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--op kl_div --dtype float16 --shapes 8x16 --mode forward --contenders eager"
     assert command.main(["--suite", "gpu", "--device", "cuda", "--list", *options.split()]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"kl_div log_target={log_target} 8x16 float16: forward: kldiv_ext, eager" for log_target in (False, True)
-    ]
+    lines = [f"kl_div log_target={x} 8x16 float16: forward: kldiv_ext, eager" for x in (False, True)]
+    assert capsys.readouterr().out.splitlines() == lines
     with pytest.raises(SystemExit, match="no problem of the suite fits"):
         command.main(["--suite", "gpu", "--device", "cpu", "--shapes", "3x3"])
 
@@ -132,7 +118,7 @@ def test_gpu_suite_runs(run_quick: RunQuick) -> None:
     assert run["left_out"] == {"liger": "its Triton kernels run only on a GPU"}
     assert {row["contender"] for row in run["results"]} == {"kldiv_ext", "eager", "eager_float"}
     ours = {row["mode"]: row for row in run["results"] if row["contender"] == "kldiv_ext"}
-    assert set(ours) == set(MODES)
+    assert set(ours) == set(suites.MODES)
     for mode, row in ours.items():
         gradients = {"forward": 0, "forward_backward_teacher": 2}.get(mode, 1)
         logits_bytes = 8 * 1000 * 2
@@ -142,24 +128,18 @@ def test_gpu_suite_runs(run_quick: RunQuick) -> None:
         assert row["share"] * row["ms_p50"] / 1e3 == pytest.approx((2 + gradients) * logits_bytes / 1e10, rel=1e-3)
 
 
-def test_what_a_limit_leaves_out_is_said(run_quick: RunQuick) -> None:
-    status, run = run_quick(command.main, *GPU_SUITE, "--op", "kl_div", "--limit", "1e-9")
-    assert status == 0 and run["results"] == []
-    assert run["left_out"]["problems"]["those"] == [
-        f"kl_div log_target={log_target} 8x1000 bfloat16 forward,forward_backward" for log_target in (False, True)
-    ]
-
-
-def test_slow_contenders_are_left_out_after_half_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_leaves_out_slow_builds_then_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = []
     monkeypatch.setattr(command, "measure", lambda task, *_: ran.append(task.contenders) or [])
+    monkeypatch.setattr(command, "copy_bandwidth", lambda _: 1e10)
     monkeypatch.setattr(command.time, "perf_counter", iter(range(0, 1000, 10)).__next__)
-    task = Task(Problem("kl_div", "log_target=True", 8, 16, torch.float32, "cpu"), ("forward",), ("eager", "compile"))
-    run: Report = {"results": [], "failures": [], "left_out": {}}
-    command.run([task] * 3, command.parse_args(["--device", "cpu", "--limit", "45"]), 1.0, run)
-    assert ran == [("eager", "compile"), ("eager",)]
-    assert run["left_out"]["time"] == ["kl_div log_target=True 8x16 float32: compile"]
-    assert len(run["left_out"]["problems"]["those"]) == 1
+    options = "--device cpu --op kl_div --dtype float32 --shapes 8x16,8x32 --contenders eager,compile --limit 65"
+    assert command.main([*options.split(), "--json", str(tmp_path / "out.json")]) == 0
+    left_out = loads((tmp_path / "out.json").read_text())["left_out"]
+    assert ran == 2 * [("kldiv_ext", "eager", "compile")] + [("kldiv_ext", "eager")]
+    assert left_out["time"] == ["kl_div log_target=False 8x32 float32: compile"]
+    those = ["kl_div log_target=True 8x32 float32 forward,forward_backward"]
+    assert left_out["problems"] == {"reason": "the limit of 65 s", "those": those}
 
 
 def test_a_problem_that_fails_does_not_stop_the_others(run_quick: RunQuick, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +151,10 @@ def test_a_problem_that_fails_does_not_stop_the_others(run_quick: RunQuick, monk
     assert {row["divergence"] for row in run["results"]} == {"log_target=False"}
 
 
-def test_quantiles() -> None:
+def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of small problems contain the launches."""
     assert list(quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]).values()) == [2.0, 3.5, 5.0]
     assert list(quantiles([7.0]).values()) == [7.0, 7.0, 7.0]
-
-
-def test_small_problems_are_timed_with_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure.timer_name("cpu", 1) == "cpu"
     assert (measure.timer_name("cuda", SMALL - 1), measure.timer_name("cuda", SMALL)) == ("calls", "events")
     waits: list[int] = []
@@ -224,16 +202,14 @@ def test_pairs_have_the_divergence_asked_for() -> None:
 
 
 def test_promises() -> None:
-    assert loss_promise("jsd", 2.0) == 2e-5
-    assert loss_promise("jsd", 1e-5) == 1e-8
-    assert loss_promise("jsd", 1e-7) == 1e-9
-    assert loss_promise("total_variation", 0.5) == 5e-6 and loss_promise("total_variation", 5e-3) == 5e-6
-    assert gradient_promise("jsd", "float32") == gradient_promise("total_variation", "bfloat16") == 4e-3
-    assert gradient_promise("total_variation", "float32") == math.inf
+    assert [promises.loss_promise("jsd", loss) for loss in (2.0, 1e-5, 1e-7)] == [2e-5, 1e-8, 1e-9]
+    assert [promises.loss_promise("total_variation", loss) for loss in (0.5, 5e-3)] == [5e-6, 5e-6]
+    gradients = [promises.gradient_promise(name, "float32") for name in ("jsd", "total_variation")]
+    assert gradients == [4e-3, math.inf] and promises.gradient_promise("total_variation", "bfloat16") == 4e-3
 
 
 def test_every_promise_is_checked() -> None:
-    problem = Problem("distillation_loss", "jsd", 1, 4, torch.float32, "cpu")
+    problem = contenders.Problem("distillation_loss", "jsd", 1, 4, torch.float32, "cpu")
     student = torch.ones(1, 4, requires_grad=True)
 
     def status(loss: Callable[..., torch.Tensor], exact: float = 4.0, contender: str = "kldiv_ext") -> str:
@@ -275,8 +251,8 @@ def result(contender: str, ratio: float = 1.0, ms: float = 2.5, status: str = "o
 
 # PyTorch gives the teacher no gradient here, and another contender is wrong or out of memory.
 RESULTS = [
-    *(result("kldiv_ext", mode=mode) for mode in MODES),
-    *(result("eager", 12.0, mode=mode) for mode in MODES[:3]),
+    *(result("kldiv_ext", mode=mode) for mode in suites.MODES),
+    *(result("eager", 12.0, mode=mode) for mode in suites.MODES[:3]),
     result("compile", status="WRONG"),
     result("kldiv_ext", dtype="float32"),
     result("compile", status="failed: OutOfMemoryError: too large", dtype="float32"),
@@ -292,10 +268,8 @@ def write(path: Path, date: str = "2026-01-01", gpu: str | None = None, **lists:
 
 
 def test_documents_show_the_newest_run_of_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, old = (
-        tmp_path / "README.md",
-        "<!-- benchmark:cpu-summary begin -->\nold\n<!-- benchmark:cpu-summary end -->",
-    )
+    old = "<!-- benchmark:cpu-summary begin -->\nold\n<!-- benchmark:cpu-summary end -->"
+    document = tmp_path / "README.md"
     document.write_text(old)
     for name, value in {"DOCUMENTS": (document,), "RESULTS": tmp_path, "PLOTS": tmp_path / "plots"}.items():
         monkeypatch.setattr(report, name, value)
@@ -304,12 +278,10 @@ def test_documents_show_the_newest_run_of_their_kind(tmp_path: Path, monkeypatch
     write(tmp_path / "c.json", date="2026-03-01", accuracy=[{"divergence": "total_variation", "level": [1.0]}])
     assert report.main(["--check"]) == 1 and document.read_text() == old
     assert report.main([]) == report.main(["--check"]) == 0
-    assert document.read_text().splitlines()[3:6] == [
-        "| 512 × 32000 | bfloat16 | 2.5 ms, 1.5 MB | 30 ms (12x), 1.5 MB | wrong |",
-        "| 512 × 32000 | float32 | 2.5 ms, 1.5 MB | - | failed |",
-        "",
-    ]
-    assert "old" not in document.read_text() and "2026-02-01" in document.read_text()
+    text = document.read_text()
+    assert "| 512 × 32000 | bfloat16 | 2.5 ms, 1.5 MB | 30 ms (12x), 1.5 MB | wrong |\n" in text
+    assert "| 512 × 32000 | float32 | 2.5 ms, 1.5 MB | - | failed |\n\n" in text  # the last: small shapes are elsewhere
+    assert "old" not in text and "2026-02-01" in text
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["cpu.png"]
 
 
