@@ -126,6 +126,7 @@ def test_gpu_suite_runs(run_quick: RunQuick) -> None:
         assert ("teacher_grad_error" in row) == (mode == "forward_backward_teacher")
         assert row["gradient_bytes"] == logits_bytes * gradients
         assert row["share"] * row["ms_p50"] / 1e3 == pytest.approx((2 + gradients) * logits_bytes / 1e10, rel=1e-3)
+    assert suites.MINIMUM_TRAFFIC["kl_div", "forward_backward"] == 4  # the backward reads the target again
 
 
 def test_a_limit_leaves_out_slow_builds_then_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
