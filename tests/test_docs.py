@@ -1,7 +1,5 @@
 """Documents: Python blocks of README.md and docs/ run, links of README.md resolve, versions and messages agree."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -18,29 +16,23 @@ yaml = pytest.importorskip("yaml", reason="CITATION.cff is YAML")
 from sybil.parsers.markdown import PythonCodeBlockParser  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 if not (ROOT / "docs").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
 
 
-def read(path: str) -> str:
+def read(path: str | Path) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
-
-
-# ---------------------------------------------------------------- code blocks
 
 
 def training_loop() -> dict[str, Any]:
     """The names that blocks use without defining them: what a training loop has at hand."""
-    labels = torch.randint(60, (3, 5))
-    labels[0, :2] = -100
     return {
         "torch": torch,
         "F": F,
         "kldiv_ext": kldiv_ext,
         "student_logits": torch.randn(3, 5, 60, requires_grad=True),
         "teacher_logits": torch.randn(3, 5, 60),
-        "labels": labels,
+        "labels": torch.tensor([[-100, -100, 4, 0, 59], [6, 5, 4, 3, 2], [8, 9, 7, 1, -100]]),
         "T": 2.0,
         "student_hidden": torch.randn(3, 5, 8, requires_grad=True),
         "student_head": torch.nn.Linear(8, 60, bias=False),
@@ -49,100 +41,58 @@ def training_loop() -> dict[str, Any]:
     }
 
 
-def run_blocks(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Line and names of each Python block of a document, once it has run. Blocks share names, as in a session."""
-    document = sybil.Sybil(parsers=[PythonCodeBlockParser()]).parse(path)
-    document.namespace.update(training_loop())
-    blocks = []
-    for example in document.examples():
-        example.evaluate()
-        blocks.append((example.line, dict(document.namespace)))
-        for name in ("today", "now"):
-            document.namespace.pop(name, None)
-    return blocks
-
-
-PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-PAGES_WITH_BLOCKS = [page for page in PAGES if "```python\n" in page.read_text(encoding="utf-8")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
-@pytest.mark.parametrize("path", PAGES_WITH_BLOCKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in PAGES if "```python\n" in read(p)], ids=lambda path: path.stem)
 def test_code_blocks_run(path: Path) -> None:
-    """Where a block computes a number `today` and `now`, both are equal."""
-    for line, names in run_blocks(path):
-        assert ("today" in names) == ("now" in names), line
-        if "today" in names:
-            torch.testing.assert_close(names["now"], names["today"], msg=f"line {line}: not equal")
+    """Blocks share names, as in a session. `today` and `now`, and the losses of README, are equal."""
+    document = sybil.Sybil(parsers=[PythonCodeBlockParser()]).parse(path)
+    document.namespace.update(training_loop())
+    losses, compared = [], 0
+    for example in document.examples():
+        example.evaluate()
+        losses.append(document.namespace.get("loss"))
+        numbers = [document.namespace.pop(name) for name in ("today", "now") if name in document.namespace]
+        assert len(numbers) in (0, 2), f"line {example.line}: `today` and `now` belong together"
+        if numbers:
+            torch.testing.assert_close(*reversed(numbers), msg=f"line {example.line}: not equal")
+            compared += 1
+    assert len(losses) == read(path).count("```python\n")
+    if path.stem == "migrating":
+        assert compared == len(losses) >= 10
+    if path.stem == "README":
+        torch.testing.assert_close(*losses)
 
 
-def test_every_block_about_migrating_compares() -> None:
-    blocks = run_blocks(ROOT / "docs" / "migrating.md")
-    assert len(blocks) == read("docs/migrating.md").count("```python\n") >= 10
-    assert all("today" in names for _, names in blocks)
-
-
-def test_readme_before_is_after() -> None:
-    before, after = (names["loss"] for _, names in run_blocks(README))
-    torch.testing.assert_close(after, before)
-
-
-# ---------------------------------------------------------------- README.md
-
-
-def test_readme_is_short() -> None:
+def test_readme_is_short_and_its_links_resolve() -> None:
+    """Links of docs/ are checked by `mkdocs build --strict`."""
     assert len(read("README.md").splitlines()) <= 130
-
-
-def test_readme_links_resolve() -> None:
-    """Those of docs/ are checked by `mkdocs build --strict`."""
     targets = re.findall(r"\]\(([^)]+)\)", read("README.md"))
     assert len(targets) > 10
-    missing = [target for target in targets if not (ROOT / target.partition("#")[0]).is_file()]
-    assert not missing
+    assert not [target for target in targets if not (ROOT / target.partition("#")[0]).is_file()]
 
 
-def test_every_divergence_is_documented() -> None:
+def test_every_divergence_option_and_public_name_is_documented() -> None:
     for page in ("README.md", "docs/divergences.md"):
-        text = read(page)
-        missing = [name for name in kldiv_ext.DIVERGENCES if f"\n| `{name}`" not in text]
-        assert not missing, page
+        assert not [name for name in kldiv_ext.DIVERGENCES if f"\n| `{name}`" not in read(page)], page
+    more = markdown_table(LinearDistillationOptions, without=DistillationOptions)
+    for table in (markdown_table(DistillationOptions), more):
+        assert table in read("docs/options.md"), f"docs/options.md must hold this table:\n{table}"
+    assert set(kldiv_ext.__all__) <= set(re.findall(r"^::: kldiv_ext\.(\w+)", read("docs/api.md"), re.MULTILINE))
 
 
-def test_options_are_those_of_the_code() -> None:
-    text = read("docs/options.md")
-    for table in (
-        markdown_table(DistillationOptions),
-        markdown_table(LinearDistillationOptions, without=DistillationOptions),
-    ):
-        assert table in text, f"docs/options.md must hold this table:\n{table}"
-
-
-def test_every_public_name_is_in_the_api_reference() -> None:
-    documented = re.findall(r"^::: kldiv_ext\.(\w+)", read("docs/api.md"), re.MULTILINE)
-    assert set(kldiv_ext.__all__) <= set(documented)
-
-
-# ---------------------------------------------------------------- versions and messages
-
-
-def test_citation_has_the_version_of_the_package() -> None:
-    citation = yaml.safe_load(read("CITATION.cff"))
-    assert citation["cff-version"] == "1.2.0"
-    assert citation["version"] == kldiv_ext.__version__
-    assert citation["license"] == "BSD-3-Clause"
-    assert citation["title"] and citation["message"] and citation["authors"]
-
-
-def test_changelog_has_the_version_of_the_package() -> None:
-    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})$", read("CHANGELOG.md"), re.MULTILINE)
-    assert versions[0] == (kldiv_ext.__version__, yaml.safe_load(read("CITATION.cff"))["date-released"].isoformat())
-    assert len(versions) == read("CHANGELOG.md").count("\n## [")
-    assert [date for _, date in versions] == sorted((date for _, date in versions), reverse=True)
-
-
-def test_pyproject_has_the_version_of_the_package() -> None:
+def test_versions_agree() -> None:
     assert f'\nversion = "{kldiv_ext.__version__}"\n' in read("pyproject.toml")
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert (citation["cff-version"], citation["license"]) == ("1.2.0", "BSD-3-Clause")
+    assert citation["title"] and citation["message"] and citation["authors"]
+    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})$", read("CHANGELOG.md"), re.MULTILINE)
+    newest = (citation["version"], citation["date-released"].isoformat())
+    assert versions[0] == newest and newest[0] == kldiv_ext.__version__
+    assert len(versions) == read("CHANGELOG.md").count("\n## [")
+    assert versions == sorted(versions, key=lambda version: version[1], reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +113,6 @@ def test_pyproject_has_the_version_of_the_package() -> None:
     ],
 )
 def test_messages_in_the_troubleshooting_are_those_of_the_code(message: str) -> None:
-    code = read("setup.py") + "".join(
-        path.read_text("utf-8") for path in sorted(Path(kldiv_ext.__file__).parent.glob("*.py"))
-    )
+    sources = [ROOT / "setup.py", *Path(kldiv_ext.__file__).parent.glob("*.py")]
     assert message in read("docs/faq.md")
-    assert message in code
+    assert any(message in read(path) for path in sources)

@@ -1,25 +1,16 @@
 """What benchmarks.resources reads, from text as cuobjdump prints it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report, resources
-from benchmarks.results import Record, dumps
+from benchmarks import resources
 
-FORWARD_KL = (
-    "_ZN5kldiv4cuda11distil_rowsINS0_9DenseSideINS_8BFloat16EEENS_8portable9ForwardKLEEEvNS_16DistillationArgsET0_i"
-)
+FORWARD_KL = "_ZN5kldiv4cuda11distil_rowsINS0_9DenseSideINS_8BFloat16EEENS_8portable9ForwardKLEEEvi"
 SUM_PARTS = "_ZN5kldiv4cuda9sum_partsIfEEvPKT_ldPS2_"
 USAGE = """
-Fatbin elf code:
-================
 arch = {}
-code version = [1,8]
-
 Resource usage:
  Common:
   GLOBAL:0
@@ -45,79 +36,56 @@ LDG.E.EF.128 R4, [R2]; LDG.E.EF.128 R8, [R2]; STS.128 [R1], R4; @!P0 BRA 26; @P3
 STL [R1], R4; LDGSTS.E.BYPASS.128 [R4], [R2]; LDS.128 R4, [R4]; BRA 4; BRA 36"""
 
 
-def sass(program: str) -> str:
-    """As cuobjdump disassembles it, with every instruction's encoding."""
+def dump(program: str) -> str:
+    """The text of a kernel with this program. cuobjdump prints every instruction's encoding as well."""
     lines = [line.strip() for line in program.split(";")]
     lines = [re.sub(r"(BRA .*?)(\d+)$", lambda m: f"{m[1]}{16 * int(m[2]):#x}", line) for line in lines]
-    return "".join(
-        f"        /*{16 * i:04x}*/  {line} ;  /* 0x00017b82 */\n /* 0x0fe2 */\n" for i, line in enumerate(lines)
-    )
-
-
-TEXT = USAGE.format("sm_90", FORWARD_KL, 96, 2560) + CODE + sass(ROW) + USAGE.format("sm_80", SUM_PARTS, 14, 256) + PTX
-
-
-def records() -> list[Record]:
-    return resources.parse(TEXT.splitlines(keepends=True))
+    sass = [f"        /*{16 * i:04x}*/  {line} ;  /* 0x00017b82 */\n /* 0x0fe2 */\n" for i, line in enumerate(lines)]
+    return USAGE.format("sm_90", FORWARD_KL, 96, 2560) + CODE + "".join(sass)
 
 
 def instructions(program: str) -> list[resources.Instruction]:
     found: list[resources.Instruction] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resources, "describe", lambda _record, code: found.extend(code) or {})
-        resources.parse((USAGE.format("sm_90", FORWARD_KL, 1, 0) + CODE + sass(program)).splitlines(keepends=True))
+        resources.parse(dump(program).splitlines(keepends=True))
     return found
 
 
-def test_usage_and_names() -> None:
-    """From sm_90 on, cuobjdump counts the shared memory that CUDA reserves."""
-    row, total = records()
-    assert (row["architecture"], row["kernel"]) == ("sm_90", "distil_rows")
-    assert row["arguments"] == ["DenseSide<BFloat16>", "ForwardKL"]
-    assert resources.dense_dtype(row) == "bfloat16"
-    assert [row[name] for name in ("registers", "stack", "shared", "local")] == [96, 0, 2560 - 1024, 0]
-    assert (total["architecture"], total["kernel"], total["arguments"]) == ("sm_80", "sum_parts", ["float"])
-    assert (total["registers"], total["shared"]) == (14, 256)
-    assert resources.dense_dtype(total) is None and "loads_16" not in total
+def test_names() -> None:
+    assert resources.name_of("main") == ("main", [])
+    assert resources.name_of("_ZN5kldiv4cuda5plainEPKfl") == ("plain", [])
+    assert resources.name_of(FORWARD_KL) == ("distil_rows", ["DenseSide<BFloat16>", "ForwardKL"])
+    nested = "_ZN5kldiv4cuda36_GLOBAL__N__ecf14d0d_4_a_cu_728f41e24rowsILb1ENS0_9ExchangedINS0_9ForwardKLEEEEEvi"
+    assert resources.name_of(nested) == ("rows", ["true", "Exchanged<ForwardKL>"])
 
 
-@pytest.mark.parametrize(
-    ("symbol", "kernel", "arguments"),
-    [
-        (
-            "_ZN5kldiv4cuda11distil_rowsINS0_9DenseSideIfEENS_8portable9ExchangedINS4_9ForwardKLEEEEEv"
-            "NS_16DistillationArgsET0_NS4_7ScalingINT_5acc_tEEE",
-            "distil_rows",
-            ["DenseSide<float>", "Exchanged<ForwardKL>"],
-        ),
-        (
-            "_ZN5kldiv4cuda45_GLOBAL__N__ecf14d0d_12_pointwise_cu_728f41e218pointwise_elementsILb1ENS1_13Dense"
-            "ElementsIfEEEEvNS_13PointwiseArgsEb",
-            "pointwise_elements",
-            ["true", "DenseElements<float>"],
-        ),
-        ("_ZN5kldiv4cuda5plainEPKfl", "plain", []),
-        ("main", "main", []),
-    ],
-)
-def test_names(symbol: str, kernel: str, arguments: list[str]) -> None:
-    assert resources.name_of(symbol) == (kernel, arguments)
-
-
-def test_instructions_are_counted() -> None:
-    assert len(instructions(ROW)) == 37
-    expected = {"loads_16": 11, "copies_16": 1, "stores_16": 3, "shared_loads_16": 1, "spills": 1, "exponentials": 4}
-    assert {name: records()[0][name] for name in resources.COUNTED} == expected
-
-
-def test_hot_loops() -> None:
-    """Not the loops of a shuffle, of one side, of reads alone, over rows, or closed by code that was moved away."""
+def test_kernels_of_an_object() -> None:
+    """Loops of a shuffle, of one side, of reads alone, over rows, or closed by code moved away are not hot."""
+    text = dump(ROW) + USAGE.format("sm_80", SUM_PARTS, 14, 256) + PTX
+    row, total = resources.parse(text.splitlines(keepends=True))
+    usage = {"architecture": "sm_80", "registers": 14, "stack": 0, "local": 0, "shared": 256}
+    assert total == {**usage, "kernel": "sum_parts", "arguments": ["float"]}
+    assert resources.dense_dtype(total) is None and resources.dense_dtype(row) == "bfloat16"
+    usage = {"architecture": "sm_90", "registers": 96, "stack": 0, "local": 0, "shared": 2560 - 1024}
+    assert usage.items() <= row.items()  # from sm_90 on, cuobjdump counts the shared memory that CUDA reserves
+    counts = {"loads_16": 11, "copies_16": 1, "stores_16": 3, "shared_loads_16": 1, "spills": 1, "exponentials": 4}
+    assert {name: row[name] for name in resources.COUNTED} == counts
     ways = [("1", 5), ("2", 4), ("2+3", 5), ("3", 6)]
-    assert records()[0]["loops"] == [{"phase": phase, "instructions": n, "pairs": 8} for phase, n in ways]
+    assert row["loops"] == [{"phase": phase, "instructions": n, "pairs": 8} for phase, n in ways]
+    # A result file keeps forward_kl and jsd for bfloat16 and float32 logits.
+    jsd = {**row, "kernel": resources.RESIDENT, "arguments": ["DenseSide<float>", "JensenShannon"], "loops": []}
+    others = [{**row, "arguments": ["DenseSide<double>", "ForwardKL"]}, {**row, "kernel": "stats_of_rows"}, total]
+    found = {"architecture": "sm_90", "registers": 96, "stack": 0, "spills": 1}
+    phases = {"phase 1": 5 / 8, "phase 2": 4 / 8, "phase 2+3": 5 / 8, "phase 3": 6 / 8}
+    streamed = {"kernel": "streamed", "dtype": "bfloat16", "divergence": "forward_kl", **found, **phases}
+    resident = {"kernel": "resident", "dtype": "float32", "divergence": "jsd", **found}
+    shown = resources.shown([jsd, {**row, "architecture": "sm_100"}, *others, row])
+    assert shown == [streamed | {"architecture": "sm_100"}, streamed, resident]
 
 
 def test_pairs_of_loops() -> None:
-    """Counted in shared memory if a loop reads that: its global loads then serve rows that could not be copied."""
+    """A loop's pairs are those in shared memory if it reads that: its other loads serve rows that were not copied."""
     loads, rest = 4 * "LDG.E.128 R4, [R2]; ", "MUFU.EX2 R4, R4; @P0 BRA 0"
     for shared, dtype, hot in ((0, "float32", 1), (0, "float64", 1), (2, "float16", 1), (1, "float16", 0)):
         loops = resources.hot_loops(instructions(loads + shared * "LDS.128 R4, [R2]; " + rest), dtype)
@@ -126,7 +94,7 @@ def test_pairs_of_loops() -> None:
 
 
 def test_shortest_way() -> None:
-    """Past rare code (2 to 4), but not past what is needed; 10 to 12 takes half a group at a time."""
+    """The way leaves out rare code (2 to 4) but nothing needed; 10 to 12 takes half a group at a time."""
     loop = instructions(
         "LDS.128 R4, [R2]; @P0 BRA 5; FADD R1, R1, R1; FADD R1, R1, R1; FADD R1, R1, R1; BRA P1, 9; MUFU.EX2 R4, R4;"
         "MUFU.EX2 R4, R4; BRA 13; FADD R1, R1, R1; MUFU.EX2 R4, R4; MUFU.EX2 R4, R4; @!P0 BRA 10; @!P1 BRA 0"
@@ -149,33 +117,12 @@ def test_phases() -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a cubin"):
-        resources.parse(TEXT[TEXT.index("Resource") :].splitlines())
-    monkeypatch.setattr(resources, "cuobjdump", lambda: None)
+        resources.parse(USAGE[USAGE.index("Resource") :].format("main", 14, 256).splitlines())
+    tool = tmp_path / "cuobjdump"
+    monkeypatch.setattr(resources, "cuobjdump", lambda: str(tool) if tool.exists() else None)
     with pytest.raises(FileNotFoundError, match="cuobjdump is neither"):
         resources.read_usage(tmp_path)
-    tool = tmp_path / "cuobjdump"
     tool.write_text("#!/bin/sh\necho no such object >&2\nexit 3\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(resources, "cuobjdump", lambda: str(tool))
     with pytest.raises(RuntimeError, match="no such object"):
         resources.read_usage(tmp_path)
-
-
-def test_table(tmp_path: Path) -> None:
-    """Of forward_kl and jsd for bf16 and fp32 logits on sm_90; other tables do not take the file for theirs."""
-    assert "has not been measured yet" in report.generate("cuda-resources", tmp_path)
-    row = records()[0]
-    resident = {**row, "kernel": resources.RESIDENT, "arguments": [row["arguments"][0], "JensenShannon"], "loops": []}
-    others = [{**row, "arguments": ["DenseSide<double>", "ForwardKL"]}, {**row, "kernel": "stats_of_rows"}]
-    head = {"date": "2026-01-01", "command": "x", "commit": None, "versions": {"torch": "2.13.0"}, "nvcc": "13.0"}
-    machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "gpu": None}
-    kernels = resources.shown([{**row, "architecture": "sm_100"}, resident, *others, row])
-    (tmp_path / "a.json").write_text(dumps({**head, "machine": machine, "kernels": kernels}))
-    assert [record["architecture"] for record in kernels] == ["sm_100", "sm_90", "sm_90"]
-    text = report.generate("cuda-resources", tmp_path)
-    assert text.splitlines()[2:4] == [
-        "| streamed | bfloat16 | `forward_kl` | 96 | 0 | 1 | 1 | 0 | 1 | 1 | - |",
-        "| resident | bfloat16 | `jsd` | 96 | 0 | 1 | - | - | - | - | - |",
-    ]
-    assert "sm_90, CUDA 13.0. A phase's number" in text and kernels[0]["phase 2"] == 0.5
-    assert "The speed of the CPU kernels has not been measured yet." in report.generate("cpu-summary", tmp_path)
