@@ -8,7 +8,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from cases import DIVERGENCES, ENDPOINTS, LOPSIDED, PARAMETERS, Divergence, Result, run, run_models  # noqa: F401
+from cases import Result, run, run_models
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -123,20 +123,14 @@ def check(
     """Compare distillation_loss and its gradients with the float64 reference on the same, rounded inputs."""
     scale = max(loss_scale(student.dtype), loss_scale(teacher.dtype))
     grad_output = grad_output if scale == 1 else grad_output * scale  # a product may have other strides
-    ours, theirs = (
-        run(function, *both, *args, grad_output=grad_output, needs_grad=needs_grad, **options)
-        for function, both in (
-            (kldiv_ext.distillation_loss, (student, teacher)),
-            (reference.distillation_loss, (student.double(), teacher.double())),
-        )
-    )
+    options |= {"grad_output": grad_output, "needs_grad": needs_grad}
+    ours = run(kldiv_ext.distillation_loss, student, teacher, *args, **options)
+    theirs = run(reference.distillation_loss, student.double(), teacher.double(), *args, **options)
     assert ours.loss.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
     assert ours.loss.shape == theirs.loss.shape and ours.loss.device == student.device
     assert_losses_close(ours.loss, theirs.loss)
-    for needed, value, expected, like in zip(
-        needs_grad, ours.gradients, theirs.gradients, (student, teacher), strict=True
-    ):
-        assert (value is not None) == needed
+    assert [value is not None for value in ours.gradients] == list(needs_grad)
+    for value, expected, like in zip(ours.gradients, theirs.gradients, (student, teacher), strict=True):
         if value is not None:
             assert value.dtype == like.dtype and value.device == like.device
             assert_gradients_close(value, expected, floor)
