@@ -1,8 +1,9 @@
-"""distillation_loss under autograd: gradcheck, grad_output, saved logits, and gradients in place."""
+"""distillation_loss under autograd: gradcheck, grad_output, saved logits, gradients in place and given memory."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from cases import (
     ALL_DIVERGENCES,
     BOTH_PATHS,
+    DIVERGENCES,
     DTYPES,
     JSD,
     LAYOUTS,
@@ -23,12 +25,13 @@ from cases import (
     position_tensors,
     run,
 )
-from oracle import assert_equal, assert_gradients_close, check
+from oracle import assert_equal, assert_gradients_close, assert_losses_close, check
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from kldiv_ext import distillation_loss, reference
+from kldiv_ext._library import ops
 
 COLUMNS = 70
 
@@ -72,13 +75,11 @@ GRAD_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make_grad_output", named(GRAD_OUTPUTS))
-def test_grad_output(
-    device: str, make_grad_output: Callable[[Tensor], Tensor], dtype: torch.dtype, reduction: str
-) -> None:
+@pytest.mark.parametrize("make", named(GRAD_OUTPUTS))
+def test_grad_output(device: str, make: Callable[[Tensor], Tensor], dtype: torch.dtype, reduction: str) -> None:
     # bfloat16 gradients of a mean are rounded again here: no entry is so large that a row's error is its own.
     student, teacher = make_pair(3, 4, 500, dtype=dtype, device=device, spread=0.3, distance=0.3)
-    grad_output = make_grad_output(torch.empty((3, 4) if reduction == "none" else (), device=device))
+    grad_output = make(torch.empty((3, 4) if reduction == "none" else (), device=device))
     check(student, teacher, **JSD.options, reduction=reduction, grad_output=grad_output)
 
 
@@ -228,3 +229,28 @@ def test_in_place_after_a_head(device: str) -> None:
 
     ours, expected = (run(loss, *parameters, inplace_backward=flag) for flag in (True, False))
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("columns", [COLUMNS, 4500])
+@pytest.mark.parametrize("hard_weight, softcap", [(0.0, 0.0), (0.5, 3.0)])
+def test_given_memory(device: str, divergence: Divergence, columns: int, hard_weight: float, softcap: float) -> None:
+    """The student's gradient overwrites float32 logits, or gradients have a narrower dtype."""
+    student, teacher = make_pair(5, columns, spread=2.0, device=device)
+    labels = torch.randint(columns, (5,), device=device)
+    options = {**divergence.options, "hard_weight": hard_weight, "logit_softcap": softcap or None}
+    expected = check(student, teacher, labels, reduction="none", **options)
+    parameter = divergence.parameter or 0.0
+    arguments = (1.0, hard_weight, None, divergence.name, parameter, 1.0, (1.0, 1.0), (softcap, softcap), None)
+    factor = torch.full((), 2.0, device=device)
+    for dtype, teacher_too in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
+        logits, loss = student.clone(), torch.empty(5, device=device)
+        grad_student = logits if dtype == torch.float32 else torch.empty_like(student, dtype=dtype)
+        grad_teacher = torch.empty_like(teacher, dtype=dtype) if teacher_too else None
+        ops.distillation_loss_out(logits, teacher, labels, None, *arguments, factor, loss, grad_student, grad_teacher)
+        assert_losses_close(loss, expected.loss)
+        floor = 1e-6 * columns**0.5 if dtype == torch.float16 else 0.0
+        assert_gradients_close(grad_student, 2 * expected.grad_student, floor)
+        if teacher_too:
+            assert_gradients_close(grad_teacher, 2 * expected.grad_teacher, floor)
+        assert dtype == torch.float32 or torch.equal(logits, student)
