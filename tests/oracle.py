@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 import kldiv_ext
 from kldiv_ext import reference
 
-# ---------------------------------------------------------------- tolerances
-
 # Relative error of a loss, by the dtype of the accumulation. Away from 0 the promise for float32 is 1e-5.
 LOSS = {
     torch.float64: 1e-13,  # some hundred eps: sums of 1e5 terms in another order
@@ -37,8 +35,6 @@ LINEAR_GRADIENT = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.
 
 # Absolute error of a loss, per position: the promise for losses below 1e-6.
 TINY_LOSS = 1e-9
-
-# ---------------------------------------------------------------- divergences
 
 
 def _log_mixture(lp: Any, lq: Any, share: Any) -> Any:
@@ -75,8 +71,6 @@ TERMS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "total_variation": lambda lp, lq, _: abs(mpmath.exp(lp) - mpmath.exp(lq)) / 2,
     "alpha": _alpha,
 }
-
-# ---------------------------------------------------------------- comparison
 
 
 def assert_equal(ours: Any, expected: Any) -> None:

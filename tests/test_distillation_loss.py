@@ -37,8 +37,6 @@ from kldiv_ext import distillation_loss, reference
 INF, NAN = math.inf, math.nan
 COLUMNS = 70
 
-# ---------------------------------------------------------------- options
-
 TWO_DTYPES = ((torch.bfloat16, torch.float32), (torch.float32, torch.float64))
 
 

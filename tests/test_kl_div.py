@@ -348,7 +348,7 @@ def test_warnings_name_the_caller() -> None:
         assert caught[0].filename == __file__
 
 
-# ---------------------------------------------------------------- autograd
+# ---------------------------------------------------------------- autograd, modes, subclasses
 
 
 @LOG_TARGET
@@ -401,9 +401,6 @@ def test_vmap(device: str, in_dims: tuple[int, int | None], reduction: str, log_
     batched = lambda f: vmap(lambda a, b: f(a, b, reduction=reduction, log_target=log_target), in_dims)  # noqa: E731
     assert_close(*run_both(input, target, within=batched))  # backward over vmap
     assert_close(*(grad(lambda a, b, f=f: batched(f)(a, b).sum(), (0, 1))(input, target) for f in (kl_div, F.kl_div)))
-
-
-# ---------------------------------------------------------------- modes and subclasses
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)

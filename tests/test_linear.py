@@ -213,8 +213,8 @@ def test_float16_gradients_do_not_underflow(device: str) -> None:
     _, small = run_models(linear_distillation_loss, models, num_items=10**7, grad_output=2.0**24)
     doubled = {name: x.double() for name, x in models.items()}
     _, exact = run_models(reference.linear_distillation_loss, doubled, num_items=10**7, grad_output=2.0**24)
-    for name in models:
-        assert_norm_close(small[name], exact[name], LINEAR_GRADIENT[torch.float16])
+    for name, gradient in small.items():
+        assert_norm_close(gradient, exact[name], LINEAR_GRADIENT[torch.float16])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

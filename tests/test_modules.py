@@ -25,8 +25,6 @@ from kldiv_ext import DistillationLoss, KLDivLoss, LinearDistillationLoss, disti
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides", "ignore:size_average and reduce args")
 
-# ---------------------------------------------------------------- DistillationLoss, LinearDistillationLoss
-
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: mix.options for name, mix in OPTION_MIXES.items()},
     **{str(divergence): divergence.options for divergence in DIVERGENCES},
@@ -59,8 +57,6 @@ def test_modules_are_the_functions(device: str, options: dict[str, Any]) -> None
             assert_equal(module(**tensors, **positions, num_items=10), expected)
 
 
-# ---------------------------------------------------------------- KLDivLoss
-
 MODULE_INFO = next(info for info in module_db if info.module_cls is nn.KLDivLoss)
 
 
@@ -86,9 +82,6 @@ def test_kl_div_loss(device: str) -> None:
     assert_close(functional_call(module, {}, (input, target)), expected)
     with pytest.warns(UserWarning, match="size_average and reduce args"):
         assert KLDivLoss(size_average=False).reduction == "sum"
-
-
-# ---------------------------------------------------------------- docstrings
 
 
 def equivalent(documented: Any, names: dict[str, Any]) -> Any:
