@@ -21,8 +21,6 @@ def named(cases: dict[str, Any]) -> list[Any]:
     return [pytest.param(case, id=name) for name, case in cases.items()]
 
 
-# ---------------------------------------------------------------- divergences
-
 PARAMETERS = {divergence: parameter for divergence, parameter in _library.DIVERGENCES.items() if parameter}
 
 

@@ -197,9 +197,6 @@ def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         distillation_loss(cuda, cuda)
 
 
-# ---------------------------------------------------------------- gradients in place
-
-
 LEAF = torch.randn(2, 3, 11, requires_grad=True)
 # {case: (what the message says, student, teacher)}
 IN_PLACE = {

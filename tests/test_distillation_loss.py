@@ -343,7 +343,7 @@ def test_gradient_accumulation(device: str, divergence: Divergence, shared: str)
     assert_gradients_close(torch.cat([part.grad_student for part in parts]), whole.grad_student)
 
 
-# ---------------------------------------------------------------- columns of probability 0
+# ---------------------------------------------------------------- columns of probability 0, rows that are NaN
 
 # The divergences that are infinite where q = 0 < p, and where p = 0 < q.
 INFINITE = (
@@ -413,9 +413,6 @@ def test_huge_and_distant_logits(device: str, divergence: Divergence) -> None:
     check(student, teacher, **divergence.options, reduction="none", floor=1e-6)
 
 
-# ---------------------------------------------------------------- rows that are NaN
-
-
 def only_row_is_nan(row: int, result: Result) -> bool:
     """Whether the loss and the gradients are NaN in every column of that row and in no other row."""
     expected = torch.arange(len(result.loss), device=result.loss.device) == row
@@ -435,15 +432,14 @@ BROKEN_ROWS: dict[str, dict[Any, float]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)], ids=["student", "teacher", "both"])
-@pytest.mark.parametrize("damage", named(BROKEN_ROWS))
+@pytest.mark.parametrize("sides", [[0], [1], [0, 1]], ids=["student", "teacher", "both"])
+@pytest.mark.parametrize("damage", BROKEN_ROWS)
 @pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
-def test_broken_rows_are_nan_alone(
-    device: str, divergence: Divergence, damage: dict[Any, float], sides: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_broken_rows(device: str, divergence: Divergence, damage: str, sides: list[int], dtype: torch.dtype) -> None:
+    """The broken row is NaN; the others keep their bits."""
     both = make_pair(3, 70, dtype=dtype, device=device)
     clean = run(distillation_loss, *both, **divergence.options, reduction="none")
-    for side, (column, value) in itertools.product(sides, damage.items()):
+    for side, (column, value) in itertools.product(sides, BROKEN_ROWS[damage].items()):
         both[side][1, column] = value
     result = run(distillation_loss, *both, **divergence.options, reduction="none")
     assert only_row_is_nan(1, result)

@@ -81,9 +81,7 @@ def assert_as_pytorch(
             assert_no_worse(value, other, best, size)
 
 
-def run_both(
-    *tensors: Tensor, within: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f, **arguments: Any
-) -> list[Result]:
+def run_both(*tensors: Tensor, within: Callable[..., Any] = lambda f: f, **arguments: Any) -> list[Result]:
     """The results of kl_div and of F.kl_div; `within` turns either into the function to run."""
     return [run(within(function), *tensors, **arguments) for function in (kl_div, F.kl_div)]
 
@@ -102,9 +100,6 @@ def outcomes(*arguments: Any, **options: Any) -> list[Any]:
 
 def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()
-
-
-# ---------------------------------------------------------------- PyTorch's own cases
 
 
 @pytest.mark.parametrize("dtype", OP_INFO.dtypes)

@@ -86,7 +86,7 @@ def test_kl_div_loss(device: str) -> None:
 
 def equivalent(documented: Any, names: dict[str, Any]) -> Any:
     """Run the code after "Equivalent to" in a docstring; `names` gets its variables. Returns its last expression."""
-    lines = inspect.getdoc(documented).split("Equivalent to")[1].split("::\n", 1)[1].splitlines()
+    lines = inspect.getdoc(documented).split("Equivalent to")[1].split(":\n", 1)[1].splitlines()
     code = ast.parse(textwrap.dedent("\n".join(line for line in lines if line.startswith("    "))))
     last = code.body.pop() if isinstance(code.body[-1], ast.Expr) else ast.parse("None").body[0]
     names |= {"F": F, "torch": torch, "kldiv_ext": kldiv_ext}
