@@ -21,8 +21,6 @@ def named(cases: dict[str, Any]) -> list[Any]:
     return [pytest.param(case, id=name) for name, case in cases.items()]
 
 
-# ---------------------------------------------------------------- divergences
-
 PARAMETERS = {divergence: parameter for divergence, parameter in _library.DIVERGENCES.items() if parameter}
 
 
@@ -139,18 +137,6 @@ def position_tensors(
     return {name: made[name].to(device) for name in names}
 
 
-def _scattered(x: Tensor) -> Tensor:
-    storage = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
-    storage[..., ::2] = x
-    return storage[..., ::2]
-
-
-def _misaligned(x: Tensor) -> Tensor:
-    storage = x.new_full((x.numel() + 1,), torch.nan)
-    storage[1:] = x.flatten()
-    return storage[1:].view(x.shape)
-
-
 def padded(x: Tensor, dim: int) -> Tensor:
     """The same values, as a slice of a tensor that is longer in one dimension and NaN there."""
     shape = list(x.shape)
@@ -167,8 +153,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "second dimension first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "rows cut": lambda x: padded(x, -2),  # logits[:, :-1]: no view of rows
     "columns cut": lambda x: padded(x, -1),  # a padded vocabulary: rows start at odd addresses
-    "every second column": _scattered,
-    "misaligned": _misaligned,
+    "every second column": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0],
+    "misaligned": lambda x: torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape),
 }
 
 # ---------------------------------------------------------------- options
@@ -206,15 +192,8 @@ class Mix(NamedTuple):
 
 # What decides which positions count, and how much.
 POSITIONS = {
-    ", ".join(tensors): Mix({}, tensors)
-    for tensors in (
-        ("labels",),
-        ("mask",),
-        ("weight",),
-        ("labels", "mask", "weight"),
-        ("num_items",),
-        ("labels", "num_items"),
-    )
+    names: Mix({}, tuple(names.split(", ")))
+    for names in ("labels", "mask", "weight", "labels, mask, weight", "num_items", "labels, num_items")
 } | {"num_items=37": Mix({"num_items": 37})}
 # Every option that all losses take, by itself; DIVERGENCES are to be combined with them.
 SINGLE_OPTIONS = {
@@ -280,19 +259,17 @@ def run(
     return Result(loss.detach(), tuple(leaf.grad for leaf in leaves))
 
 
+def by_position(function: Callable[..., Tensor], names: Iterable[str]) -> Callable[..., Tensor]:
+    """The function with positional arguments for the keywords `names`."""
+    return lambda *tensors, **arguments: function(**dict(zip(names, tensors, strict=True)), **arguments)
+
+
 def run_models(
-    function: Callable[..., Tensor],
-    models: dict[str, Tensor],
-    *,
-    needs_grad: Iterable[str] | None = None,
-    **others: Any,
+    function: Callable[..., Tensor], models: dict[str, Tensor], needs_grad: Iterable[str] | None = None, **others: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`run` for tensors by name: the loss, and the gradients by name; `needs_grad` is by default all names."""
-
-    def positional(*tensors: Tensor, **arguments: Any) -> Tensor:
-        return function(**dict(zip(models, tensors, strict=True)), **arguments)
-
     chosen = set(models if needs_grad is None else needs_grad)
-    result = run(positional, *models.values(), needs_grad=[name in chosen for name in models], **others)
+    flags = [name in chosen for name in models]
+    result = run(by_position(function, models), *models.values(), needs_grad=flags, **others)
     gradients = zip(models, result.gradients, strict=True)
     return result.loss, {name: gradient for name, gradient in gradients if gradient is not None}

@@ -12,15 +12,9 @@ import torch
 from cases import make_models, named
 from oracle import assert_equal
 
-from kldiv_ext import (
-    DistillationLoss,
-    LinearDistillationLoss,
-    _library,
-    distillation_loss,
-    linear_distillation_loss,
-    token_stats,
-)
+from kldiv_ext import _library, distillation_loss, linear_distillation_loss, token_stats
 from kldiv_ext._library import ROW_CONSTANTS, ops
+from kldiv_ext.modules import DistillationLoss, LinearDistillationLoss
 from kldiv_ext.options import DistillationOptions, LinearDistillationOptions, OperatorOptions, table
 
 STUDENT, TEACHER = torch.randn(2, 3, 11), torch.randn(2, 3, 11)
@@ -124,11 +118,7 @@ WRONG_MODELS = [
         )
     ),
     *wrong("student_hidden", (ValueError, r"\(\)", torch.tensor(1.0))),
-    *wrong(
-        "student_weight",
-        (ValueError, r"\(9,\)", MODELS["student_weight"][0]),
-        (ValueError, r"\[V, 9\]", MODELS["teacher_weight"]),
-    ),
+    *wrong("student_weight", (ValueError, r"\(9,\)", torch.ones(9)), (ValueError, r"\[V, 9\]", torch.ones(11, 6))),
     *wrong("student_bias", (ValueError, r"\[11\].*\(1, 11\)", MODELS["student_bias"][None])),
     *wrong("teacher_bias", (ValueError, r"\(10,\)", MODELS["teacher_bias"][1:])),
     *wrong("teacher_weight", (TypeError, "None", None)),
@@ -136,25 +126,14 @@ WRONG_MODELS = [
     *wrong("valid_vocab", (ValueError, "12", 12)),
     *wrong("max_workspace", (ValueError, "bytes.*10", 10)),
     Wrong(ValueError, "teacher_hidden.*teacher_logits", {"teacher_logits": TEACHER}),
-    Wrong(
-        ValueError,
-        r"\(8, 9\).*11",
-        {"student_weight": MODELS["student_weight"][3:], "student_bias": MODELS["student_bias"][3:]},
-    ),
+    Wrong(ValueError, r"\(8, 9\).*11", {name: MODELS[name][3:] for name in ("student_weight", "student_bias")}),
     Wrong(ValueError, r"labels.*student_hidden.*\(2, 3\).*\(6,\)", {"labels": torch.zeros(6).long()}),
 ]
+WRONG_FOR_STATS = wrong("labels", (IndexError, r"\[0, 11\).*11", 11 * ONES.long()))
 CALLS: list[tuple[Callable[..., Any], dict[str, torch.Tensor], list[Wrong]]] = [
     (distillation_loss, LOGITS, [*WRONG_LOGITS, *WRONG_FOR_ALL, *WRONG_FOR_LOSSES]),
     (linear_distillation_loss, MODELS, [*WRONG_MODELS, *WRONG_FOR_ALL, *WRONG_FOR_LOSSES]),
-    (
-        token_stats,
-        LOGITS,
-        [
-            *WRONG_LOGITS,
-            *WRONG_FOR_ALL,
-            Wrong(IndexError, r"labels.*\[0, 11\).*11", {"labels": 11 * ONES.long()}),
-        ],
-    ),
+    (token_stats, LOGITS, [*WRONG_LOGITS, *WRONG_FOR_ALL, *WRONG_FOR_STATS]),
 ]
 MODULES = {distillation_loss: DistillationLoss, linear_distillation_loss: LinearDistillationLoss}
 
@@ -218,34 +197,21 @@ def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         distillation_loss(cuda, cuda)
 
 
-# ---------------------------------------------------------------- gradients in place
-
-
-def not_a_leaf(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape).requires_grad_() * 1
-
-
-def both_sides(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return logits, logits
-
-
-IN_PLACE: dict[str, tuple[str, Callable[[], Any]]] = {
-    "leaf": ("leaf", lambda: (STUDENT.clone().requires_grad_(), TEACHER)),
-    "view of a leaf": ("view of a leaf", lambda: (STUDENT.clone().requires_grad_()[:, :2], TEACHER[:, :2])),
-    "expanded": (r"strides \(0, 11, 1\)", lambda: (not_a_leaf(1, 3, 11).expand(2, 3, 11), TEACHER)),
-    "overlapping windows": (
-        r"strides \(3, 1\)",
-        lambda: (not_a_leaf(30).as_strided((4, 5), (3, 1)), torch.randn(4, 5)),
-    ),
-    "one tensor on both sides": ("share memory", lambda: both_sides(not_a_leaf(2, 11))),
-    "halves of one tensor": ("share memory", lambda: not_a_leaf(2, 22).chunk(2, -1)),
+LEAF = torch.randn(2, 3, 11, requires_grad=True)
+# {case: (what the message says, student, teacher)}
+IN_PLACE = {
+    "leaf": ("leaf", LEAF, TEACHER),
+    "view of a leaf": ("view of a leaf", LEAF[:, :2], TEACHER[:, :2]),
+    "expanded": (r"strides \(0, 11, 1\)", (LEAF[:1] * 1).expand(2, 3, 11), TEACHER),
+    "overlapping windows": (r"strides \(3, 1\)", (LEAF * 1).as_strided((4, 5), (3, 1)), torch.randn(4, 5)),
+    "one tensor on both sides": ("share memory", *[LEAF * 1] * 2),
+    "halves of one tensor": ("share memory", *(LEAF * 1)[..., :10].chunk(2, -1)),
 }
 
 
 @pytest.mark.parametrize("case", named(IN_PLACE))
-def test_logits_that_must_not_be_overwritten(case: tuple[str, Callable[[], Any]]) -> None:
-    says, make = case
-    student, teacher = make()
+def test_logits_that_must_not_be_overwritten(case: tuple[str, torch.Tensor, torch.Tensor]) -> None:
+    says, student, teacher = case
     with pytest.raises(ValueError, match=f"inplace_backward.*{says}"):
         distillation_loss(student, teacher, inplace_backward=True)
     assert distillation_loss(student, teacher) >= 0

@@ -1,20 +1,21 @@
-"""kl_div, the drop-in, against torch.nn.functional.kl_div: PyTorch's own cases, and those that these leave out."""
+"""kl_div, the drop-in, against torch.nn.functional.kl_div: PyTorch's own cases, and those that they leave out."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, REDUCTIONS, Result, logits, named, run
 from oracle import assert_equal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -80,9 +81,7 @@ def assert_as_pytorch(
             assert_no_worse(value, other, best, size)
 
 
-def run_both(
-    *tensors: Tensor, within: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f, **arguments: Any
-) -> list[Result]:
+def run_both(*tensors: Tensor, within: Callable[..., Any] = lambda f: f, **arguments: Any) -> list[Result]:
     """The results of kl_div and of F.kl_div; `within` turns either into the function to run."""
     return [run(within(function), *tensors, **arguments) for function in (kl_div, F.kl_div)]
 
@@ -99,7 +98,8 @@ def outcomes(*arguments: Any, **options: Any) -> list[Any]:
     return [outcome(kl_div), outcome(F.kl_div)]
 
 
-# ---------------------------------------------------------------- PyTorch's own cases
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", OP_INFO.dtypes)
@@ -130,6 +130,7 @@ SHAPES = [
     ((7,), (7,)),  # batchmean divides by the length
     ((1,), (1,)),
     ((2, 3, 4, 5), (2, 3, 4, 5)),  # batchmean divides by the first dimension
+    ((3, 37), (3, 37)),  # several vectors and a tail
     ((), ()),
     ((), (4,)),  # a 0-d tensor does not promote another
     ((4,), ()),
@@ -145,11 +146,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 def test_shapes_and_dtypes(device: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    """Values, gradients and the dtype of each, for every promotion, reduction and choice of gradients."""
+    """Values, gradients and their dtypes for every promotion, reduction, choice of gradients; expanded grad_output."""
     for *dtypes, reduction, log_target in itertools.product(DTYPES, DTYPES, REDUCTIONS, (False, True)):
         input, target = (positive(shape, dtype, device) for shape, dtype in zip(shapes, dtypes, strict=True))
         for needs_grad in itertools.product((False, True), repeat=2):
-            assert_as_pytorch(input, target, needs_grad=needs_grad, reduction=reduction, log_target=log_target)
+            options = {"needs_grad": needs_grad, "reduction": reduction, "log_target": log_target}
+            assert_as_pytorch(input, target, grad_output=-1.0, **options)
 
 
 @LOG_TARGET
@@ -169,32 +171,26 @@ def test_what_pytorch_computes_or_raises(device: str, log_target: bool) -> None:
                 assert_close(ours, theirs, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "arguments, options",
-    [
-        ((1.0, torch.ones(2)), {}),
-        ((torch.ones(2), None), {}),
-        (([1.0], torch.ones(1)), {}),
-        ((torch.ones(2), torch.ones(2)), {"reduction": "total"}),
-        ((torch.ones(2), torch.ones(2)), {"reduction": None}),
-        ((torch.ones(2), torch.ones(2)), {"log_target": 1}),
-        ((torch.ones(2), torch.ones(2)), {"log_target": None}),
-        ((torch.ones(2), torch.ones(2).to_sparse()), {}),
-        ((torch.ones(2), torch.ones(2, device="meta")), {}),
-    ],
-    ids=str,
-)
-def test_wrong_arguments(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    ours, theirs = outcomes(*arguments, **{"reduction": "sum", **options})
-    assert isinstance(theirs, tuple) and ours == theirs
+def test_wrong_arguments() -> None:
+    ones = torch.ones(2)
+    tensors = ((1.0, ones), (ones, None), ([1.0], ones), (ones, ones.to_sparse()), (ones, ones.to("meta")))
+    options = ({"reduction": "total"}, {"reduction": None}, {"log_target": 1}, {"log_target": None})
+    for arguments, given in (*((pair, {}) for pair in tensors), *(((ones, ones), given) for given in options)):
+        ours, theirs = outcomes(*arguments, **{"reduction": "sum", **given})
+        assert isinstance(theirs, tuple) and ours == theirs
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", named(LAYOUTS))
+@pytest.mark.parametrize("layout", named({**LAYOUTS, "channels last": channels_last}))
 def test_strides(device: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """Each argument and grad_output give the bits of contiguous ones; the sum of a strided tensor is row by row."""
-    for log_target, reduction in itertools.product((False, True), ("none", "sum")):
-        tensors = pair(5, 67, log_target=log_target, dtype=dtype, device=device)
+    shape = (2, 3, 4, 67) if layout is channels_last else (5, 67)
+    for log_target, reduction in itertools.product((False, True), REDUCTIONS):
+        tensors = pair(*shape, log_target=log_target, dtype=dtype, device=device)
         grad_output = torch.randn_like(tensors[0] if reduction == "none" else tensors[0].sum())
         expected = run(kl_div, *tensors, grad_output=grad_output, reduction=reduction, log_target=log_target)
         for a, b, c in itertools.product((lambda x: x, layout), repeat=3):
@@ -219,26 +215,6 @@ def test_many_dimensions_that_do_not_collapse(device: str) -> None:
     tensors = [t.reshape(*[4] * 9, 3)[(slice(0, 4, 3),) * 9] for t in pair(4**9, 3, device=device)]
     assert not tensors[0].is_contiguous()
     assert_close(*run_both(*tensors, reduction="sum"))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_channels_last(device: str, reduction: str) -> None:
-    images = (t.reshape(2, 3, 4, 5).to(memory_format=torch.channels_last) for t in pair(24, 5, device=device))
-    assert_as_pytorch(*images, reduction=reduction)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_grad_outputs(device: str, reduction: str) -> None:
-    """grad_output is expanded, not contiguous, or 0."""
-    tensors = pair(6, 5, device=device)
-    shape = tensors[0].shape if reduction == "none" else ()
-    one = torch.tensor(1.5, device=device, dtype=torch.float64)
-    for grad_output in (one.expand(shape), torch.randn(shape[::-1], device=device).double().t()):
-        assert_as_pytorch(*tensors, reduction=reduction, grad_output=grad_output)
-    assert not any(gradient.any() for gradient in run(kl_div, *tensors, reduction=reduction, grad_output=0).gradients)
-
-
-# ---------------------------------------------------------------- values
 
 
 def test_direction(device: str) -> None:
@@ -342,9 +318,6 @@ def test_other_infinities(device: str, log_target: bool) -> None:
     assert_close(ours, theirs, equal_nan=True)
 
 
-# ---------------------------------------------------------------- deprecated arguments and warnings
-
-
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "elementwise_mean"])
 @pytest.mark.parametrize("shape", [(3, 4), (4,), (), (0, 4)], ids=str)
 def test_deprecated_arguments(device: str, shape: tuple[int, ...], reduction: str) -> None:
@@ -368,3 +341,134 @@ def test_warnings_name_the_caller() -> None:
         with pytest.warns(UserWarning, match="'mean' divides the total loss") as caught:
             kl_div(input, other)
         assert caught[0].filename == __file__
+
+
+# ---------------------------------------------------------------- autograd, modes, subclasses
+
+
+@LOG_TARGET
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(device: str, reduction: str, log_target: bool) -> None:
+    """The gradients are the same, a grad_output of 0 gives 0, and no input is written."""
+    leaves = [leaf(t) for t in pair(3, 40, log_target=log_target, device=device)]
+    before = [t.clone() for t in leaves]
+    loss = kl_div(*leaves, reduction=reduction, log_target=log_target).sum()
+    zeros = torch.autograd.grad(loss, leaves, torch.zeros_like(loss), retain_graph=True)
+    assert not any(gradient.any() for gradient in zeros)
+    assert_equal(torch.autograd.grad(loss, leaves, retain_graph=True), torch.autograd.grad(loss, leaves))
+    assert_equal(leaves, before)
+    assert [t._version for t in leaves] == [0, 0]
+
+
+def test_what_is_saved(device: str) -> None:
+    """As in PyTorch, the input's gradient needs the target alone, and the input may be changed meanwhile."""
+    input, target = pair(3, 4, device=device)
+    saved: list[Tensor] = []
+    student = leaf(input) + 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = kl_div(student, target, reduction="sum")
+    assert [t.data_ptr() for t in saved] == [target.data_ptr()]
+    student.detach().zero_()
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=str)
+def test_forward_mode(device: str, which: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """One leaf or both, which require a gradient, carry tangents."""
+    tensors = pair(3, 4, dtype=dtype, device=device)
+    results = []
+    for function in (kl_div, F.kl_div):
+        with forward_ad.dual_level():
+            leaves = [leaf(t) for t in tensors]
+            duals = [forward_ad.make_dual(x, x.sin()) if w else x for x, w in zip(leaves, which, strict=True)]
+            results.append([t.detach() for t in forward_ad.unpack_dual(function(*duals, reduction="sum"))])
+    assert_close(*results)
+
+
+@LOG_TARGET
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (1, 1)], ids=str)
+def test_vmap(device: str, in_dims: tuple[int, int | None], reduction: str, log_target: bool) -> None:
+    """vmap over rows, over one argument and over columns, with gradients inside and outside."""
+    input, target = pair(4, 4, log_target=log_target, device=device)
+    target = target[0] if in_dims[1] is None else target
+    batched = lambda f: vmap(lambda a, b: f(a, b, reduction=reduction, log_target=log_target), in_dims)  # noqa: E731
+    assert_close(*run_both(input, target, within=batched))  # backward over vmap
+    assert_close(*(grad(lambda a, b, f=f: batched(f)(a, b).sum(), (0, 1))(input, target) for f in (kl_div, F.kl_div)))
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
+def test_autocast(device: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Results are float32, or float64 where an argument is, and gradients have their argument's dtype: as PyTorch."""
+    for shapes, reduction in itertools.product((((3, 4), (3, 4)), ((1, 4), (3, 4)), ((), ())), REDUCTIONS):
+        tensors = [positive(shape, dtype, device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        with torch.autocast(device, torch.bfloat16):
+            ours, theirs = run_both(*tensors, reduction=reduction)
+        for value, other in zip((ours.loss, *ours.gradients), (theirs.loss, *theirs.gradients), strict=True):
+            tolerance = 1e-2 if torch.finfo(value.dtype).bits < 32 else 1e-5
+            assert_close(value, other, rtol=tolerance, atol=tolerance)
+
+
+class Recorded(torch.Tensor):
+    """A subclass that sees every function call."""
+
+    calls: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_torch_function_subclass(side: int) -> None:
+    """PyTorch computes the loss of a subclass, which sees the call of F.kl_div."""
+    tensors = pair(3, 4)
+    expected = F.kl_div(*tensors, reduction="sum")
+    tensors[side] = tensors[side].as_subclass(Recorded)
+    Recorded.calls.clear()
+    result = kl_div(*tensors, reduction="sum")
+    assert F.kl_div in Recorded.calls
+    assert type(result) is Recorded
+    assert_close(result.as_subclass(Tensor), expected)
+
+
+def test_what_keeps_the_kernel(device: str) -> None:
+    """Parameters and torch.set_default_device, a torch function mode, do not lose the fused kernel."""
+    input, target = pair(3, 4, device=device)
+    losses = [kl_div(torch.nn.Parameter(input), target, reduction="sum")]
+    with torch.device("cpu"):
+        losses.append(kl_div(leaf(input), target, reduction="sum"))
+    for loss in losses:
+        assert type(loss) is Tensor
+        assert type(loss.grad_fn).__name__ == "KLDivBackward"
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+def test_dtensor() -> None:
+    """The kernels take no tensors made of other tensors: PyTorch shards the loss and its gradient."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        input, target = pair(4, 6)
+        sharded = distribute_tensor(input, mesh, [Shard(0)]).requires_grad_()
+        loss = kl_div(sharded, distribute_tensor(target, mesh, [Shard(0)]), reduction="sum")
+        assert isinstance(loss, DTensor)
+        assert_close(loss.full_tensor(), F.kl_div(input, target, reduction="sum"))
+        loss.backward()
+        assert_close(sharded.grad.full_tensor(), -target)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_meta_tensors() -> None:
+    """On the meta device, shapes and dtypes are those of F.kl_div."""
+    for shapes, reduction in itertools.product(SHAPES, REDUCTIONS):
+        for dtypes in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+            tensors = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes, dtypes, strict=True)]
+            ours, theirs = outcomes(*tensors, reduction=reduction)
+            assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)

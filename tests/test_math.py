@@ -13,7 +13,8 @@ import mpmath
 import numpy as np
 import pytest
 from builds import build, load_module, run
-from oracle import DIVERGENCES, ENDPOINTS, LOPSIDED, PARAMETERS, TERMS, Divergence, need_isa
+from cases import DIVERGENCES, ENDPOINTS, LOPSIDED, PARAMETERS, Divergence
+from oracle import TERMS, need_isa
 
 INF, NAN = math.inf, math.nan
 Array = np.ndarray[Any, Any]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -15,48 +17,31 @@ from cases import MIXES, SAMPLES, named
 from typing_extensions import Unpack
 
 import kldiv_ext
-from kldiv_ext import (
-    DistillationLoss,
-    LinearDistillationLoss,
-    distillation_loss,
-    linear_distillation_loss,
-    options,
-    reference,
-    token_stats,
-)
+from kldiv_ext import DistillationLoss, distillation_loss, options
 from kldiv_ext.modules import _Loss
-from kldiv_ext.options import DistillationOptions, LogitsOptions, OperatorOptions, Option, table, takes
+from kldiv_ext.options import DistillationOptions, LinearDistillationOptions, LogitsOptions, Option, table, takes
 
 X, WEIGHT = torch.randn(2, 3, 5), torch.randn(7, 5)
-ALL_OPTIONS = {**table(DistillationOptions), **table(options.LinearDistillationOptions)}
+ALL_OPTIONS = {**table(DistillationOptions), **table(LinearDistillationOptions)}
 
-# {name: (options that it takes, the function that shows them, a call with options alone)}
-TAKERS: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {
-    "distillation_loss": (DistillationOptions, distillation_loss, lambda **o: distillation_loss(X, X, **o)),
-    "token_stats": (LogitsOptions, token_stats, lambda **o: token_stats(X, X, **o)),
-    "linear_distillation_loss": (
-        options.LinearDistillationOptions,
-        linear_distillation_loss,
-        lambda **o: linear_distillation_loss(X, WEIGHT, X, WEIGHT, **o),
-    ),
-    "DistillationLoss": (DistillationOptions, DistillationLoss.__init__, DistillationLoss),
-    "LinearDistillationLoss": (
-        options.LinearDistillationOptions,
-        LinearDistillationLoss.__init__,
-        LinearDistillationLoss,
-    ),
-    "reference.distillation_loss": (
-        DistillationOptions,
-        reference.distillation_loss,
-        lambda **o: reference.distillation_loss(X, X, **o),
-    ),
-    "reference.linear_distillation_loss": (
-        options.LossOptions,
-        reference.linear_distillation_loss,
-        lambda **o: reference.linear_distillation_loss(X, WEIGHT, X, WEIGHT, **o),
-    ),
-    "reference.token_stats": (LogitsOptions, reference.token_stats, lambda **o: reference.token_stats(X, X, **o)),
+# {function or module in kldiv_ext: the options that it takes}
+TAKERS: dict[str, type] = {
+    "distillation_loss": DistillationOptions,
+    "token_stats": LogitsOptions,
+    "linear_distillation_loss": LinearDistillationOptions,
+    "DistillationLoss": DistillationOptions,
+    "LinearDistillationLoss": LinearDistillationOptions,
+    "reference.distillation_loss": DistillationOptions,
+    "reference.linear_distillation_loss": options.LossOptions,
+    "reference.token_stats": LogitsOptions,
 }
+
+
+def call(taker: str, **given: Any) -> Any:
+    """A call of the function, or of the module's constructor, with options."""
+    function = operator.attrgetter(taker)(kldiv_ext)
+    tensors = () if isinstance(function, type) else (X, WEIGHT) * 2 if "linear" in taker else (X, X)
+    return function(*tensors, **given)
 
 
 def assert_in_signature(function: Callable[..., Any], kind: type) -> None:
@@ -100,23 +85,20 @@ def test_samples_cover_every_option() -> None:
     assert mixed == set(table(options.LossOptions)) - set(table(options.DivergenceOptions))
 
 
-@pytest.mark.parametrize("taker", TAKERS)
-def test_signature_and_docstring(taker: str) -> None:
-    kind, function, call = TAKERS[taker]
+@pytest.mark.parametrize("taker, kind", TAKERS.items())
+def test_signature_and_docstring(taker: str, kind: type) -> None:
+    function = operator.attrgetter(taker)(kldiv_ext)
+    function = function.__init__ if isinstance(function, type) else function
     assert_in_signature(function, kind)
     if not taker.startswith("reference"):
         assert_in_docstring(function, kind)
-    call(**{name: option.default for name, (_, option) in table(kind).items()})
+    call(taker, **{name: option.default for name, (_, option) in table(kind).items()})
 
 
 def test_options_are_keywords() -> None:
-    for call in (lambda: distillation_loss(X, X, None, "jsd"), lambda: DistillationLoss("jsd")):
+    for function in (functools.partial(distillation_loss, X, X, None), DistillationLoss):
         with pytest.raises(TypeError, match="positional"):
-            call()
-
-
-def test_divergences_are_listed() -> None:
-    assert isinstance(kldiv_ext.DIVERGENCES, tuple) and len(kldiv_ext.DIVERGENCES) == 8
+            function("jsd")
 
 
 @pytest.mark.parametrize("name", [
@@ -126,7 +108,7 @@ def test_divergences_are_listed() -> None:
 def test_operators_take_the_fields_of_operator_options(name: str) -> None:
     """Schemas have the fields in their order; token_stats takes those of the logits."""
     arguments = [a.name for a in getattr(torch.ops.kldiv_ext, name).default._schema.arguments]
-    fields = list(OperatorOptions._fields)
+    fields = list(options.OperatorOptions._fields)
     if name == "token_stats":
         fields = fields[fields.index("temperature") :]
         assert set(table(LogitsOptions)) == {*fields, "ignore_index"}
@@ -192,21 +174,20 @@ def test_a_new_option_appears_everywhere() -> None:
     assert LongerLoss(sharpness=3).options["sharpness"] == 3
     assert CHECKED == [("sharpness", 2), ("sharpness", 3)]
     assert "sharpness=3" in repr(LongerLoss(sharpness=3))
-    for _, _, call in TAKERS.values():
+    for taker in TAKERS:
         with pytest.raises(TypeError, match="sharpness"):
-            call(sharpness=2)
+            call(taker, sharpness=2)
 
 
 # ---------------------------------------------------------------- wrong options
 
 
-@pytest.mark.parametrize("taker", TAKERS)
-def test_unknown_options(taker: str) -> None:
+@pytest.mark.parametrize("taker, kind", TAKERS.items())
+def test_unknown_options(taker: str, kind: type) -> None:
     """A misspelt option and one of another function raise an error that names the function."""
-    kind, _, call = TAKERS[taker]
     for name in {"temprature", *ALL_OPTIONS} - set(table(kind)):
         with pytest.raises(TypeError, match=rf"{taker.split('.')[-1]}\(\) got an unexpected .*'{name}'"):
-            call(**{name: 1})
+            call(taker, **{name: 1})
 
 
 NOT_NUMBERS = ("0.5", True, torch.tensor(0.5))
@@ -238,14 +219,14 @@ def test_wrong_values(wrong: tuple[str, Any, type[Exception]]) -> None:
     """Every function that takes the option names it and its value, whatever the divergence; then it works again."""
     name, value, error = wrong
     side = next(x for x in value if x is not None) if isinstance(value, tuple) and len(value) == 2 else value
-    for kind, _, call in TAKERS.values():
-        if name in table(kind):
-            with pytest.raises(error, match=f"(?s){name}.*{re.escape(repr(side))}"):
-                call(**{name: value})
-            call()
+    for taker in (taker for taker, kind in TAKERS.items() if name in table(kind)):
+        with pytest.raises(error, match=f"(?s){name}.*{re.escape(repr(side))}"):
+            call(taker, **{name: value})
+        call(taker)
 
 
-@pytest.mark.parametrize("name, allowed", [("divergence", kldiv_ext.DIVERGENCES), ("reduction", options.REDUCTIONS)])
-def test_allowed_values_are_listed(name: str, allowed: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=f"{name}.*{', '.join(allowed)}.*'kl'"):
-        distillation_loss(X, X, **{name: "kl"})  # type: ignore[misc]
+def test_allowed_values_are_listed() -> None:
+    assert isinstance(kldiv_ext.DIVERGENCES, tuple) and len(kldiv_ext.DIVERGENCES) == 8
+    for name, allowed in (("divergence", kldiv_ext.DIVERGENCES), ("reduction", options.REDUCTIONS)):
+        with pytest.raises(ValueError, match=f"{name}.*{', '.join(allowed)}.*'kl'"):
+            distillation_loss(X, X, **{name: "kl"})  # type: ignore[misc]

@@ -108,9 +108,9 @@ def test_divergences_are_those_of_the_loss(device: str) -> None:
     assert not same.forward_kl.any() and not same.reverse_kl.any() and same.top1_agreement.all()
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (3, 1)], ids=str)
-def test_empty_and_single(device: str, shape: tuple[int, ...]) -> None:
-    check(*torch.zeros(2, *shape, device=device))
+def test_empty_and_single(device: str) -> None:
+    for shape in ((0, 5), (3, 0, 5), (3, 1)):
+        check(*torch.zeros(2, *shape, device=device))
 
 
 def test_strides_and_threads_change_nothing(device: str) -> None:
