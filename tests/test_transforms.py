@@ -193,11 +193,38 @@ def test_teacher_from_inference_mode(device: str, kernel: str) -> None:
     """Autograd refuses to save inference tensors, which a teacher's logits often are."""
     student, teacher = make_pair(*SHAPE, device=device)
     weight = MIXES["weight"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
-    for positions in ({}, weight) if kernel != "kl_div" else ({},):
-        with torch.inference_mode():
-            frozen, others = teacher * 1, {name: x * 1 for name, x in positions.items()}
-        ours = run(lambda s: KERNELS[kernel](s, frozen, **others), student)  # noqa: B023
-        assert_equal(ours, run(lambda s: KERNELS[kernel](s, teacher, **positions), student))  # noqa: B023
+    with torch.inference_mode():
+        frozen, frozen_weight = teacher * 1, {name: x * 1 for name, x in weight.items()}
+    step = functools.partial(run, KERNELS[kernel], student, needs_grad=(True, False))
+    assert frozen.detach().is_inference()
+    assert_equal(step(frozen), step(teacher))
+    if kernel != "kl_div":
+        assert_equal(step(frozen, **frozen_weight), step(teacher, **weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_layer(device: str, dtype: torch.dtype) -> None:
+    """The logits of a layer under autocast; the loss inside the region is the one outside."""
+    student, teacher = make_pair(*SHAPE, device=device)
+    tensors = torch.randn(SHAPE[-1], 64, device=device), student[0]
+    hidden = torch.randn(SHAPE[0], 64, device=device)
+    positions = MIXES["labels, mask, weight"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
+
+    def loss(weight: Tensor, bias: Tensor, function: Callable[..., Tensor], inside: bool) -> Tensor:
+        with torch.autocast(device, dtype):
+            logits = F.linear(hidden, weight, bias)
+            assert logits.dtype == dtype
+            with torch.autocast(device, dtype, enabled=inside):
+                return function(logits, teacher)
+
+    for function in (
+        *(KERNELS[name] for name in ("distillation_loss", "distillation_loss, none")),
+        functools.partial(distillation_loss, **positions),
+        lambda s, t: kl_div(s.float().log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+    ):
+        ours, expected = (run(loss, *tensors, function, inside, grad_output=2.0**10) for inside in (True, False))
+        assert ours.loss.dtype == torch.float32
+        assert_equal(ours, expected)
 
 
 def test_python_threads(device: str) -> None:
