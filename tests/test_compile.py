@@ -50,19 +50,13 @@ def assert_compiles(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]
 # ---------------------------------------------------------------- the bits of eager
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_divergences(device: str, divergence: str) -> None:
-    loss, tensors = functools.partial(distillation_loss, divergence=divergence), make_pair(*SHAPE, device=device)
-    assert_compiles(loss, tensors, dynamic=True)
-    mask = MIXES["mask"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
-    assert_compiles(functools.partial(loss, reduction="none", **mask), tensors, dynamic=False)
-
-
 COMPILED_MIXES = MIXES | {
     "weight, none": Mix({"reduction": "none"}, ("weight",)),
     "hard labels, none": Mix({**MIXES["hard labels alone"].options, "reduction": "none"}, ("labels",)),
     "jsd, softcap, scale": Mix({"logit_softcap": 2.0, "logit_scale": (0.5, None), "divergence": "jsd"}),
 }
+COMPILED_MIXES |= {divergence: Mix({"divergence": divergence}) for divergence in DIVERGENCES}
+COMPILED_MIXES |= {f"{d}, none": Mix({"divergence": d, "reduction": "none"}, ("mask",)) for d in DIVERGENCES}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -43,12 +43,12 @@ class Loss(NamedTuple):
     plain: Callable[[Tensor, Tensor], Tensor]
 
 
-def of_logits(make: Callable[..., Callable[[Tensor, Tensor], Tensor]]) -> Loss:
-    return Loss(make(distillation_loss), make(reference.distillation_loss))
+def twice(ours: Any, plain: Any, make: Callable[..., Callable[[Tensor, Tensor], Tensor]]) -> Loss:
+    return Loss(make(ours), make(plain))
 
 
-def of_probabilities(make: Callable[..., Callable[[Tensor, Tensor], Tensor]]) -> Loss:
-    return Loss(make(kl_div), make(F.kl_div))
+of_logits = functools.partial(twice, distillation_loss, reference.distillation_loss)
+of_probabilities = functools.partial(twice, kl_div, F.kl_div)
 
 
 EVERY_OPTION = {**MIXES["everything"].options, "divergence": "skew_reverse_kl", "valid_vocab": 5, "ignore_index": 5}
