@@ -120,63 +120,60 @@ def assert_close(values: list[Tensor | None], expected: list[Tensor | None], tol
 # ---------------------------------------------------------------- one process
 
 
-def take_steps(module: nn.Module, device: str, backward: Callable[[Batch], None]) -> list[Tensor]:
+def take_steps(loop: str, loss: Callable[..., Tensor], device: str) -> list[Tensor]:
     """The change of every parameter after some steps."""
+    make_module, backward = LOOPS[loop]
+    module = make_module().to(device)
     start = [parameter.detach().clone() for parameter in module.parameters()]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
     for seed in range(STEPS):
-        backward(make_batch(seed, device))
+        backward(loss, module, make_batch(seed, device))
         optimizer.step()
         optimizer.zero_grad()
     return [after.detach() - before for after, before in zip(module.parameters(), start, strict=True)]
 
 
-def accumulation(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+def accumulation(loss: Callable[..., Tensor], model: Model, batch: Batch) -> None:
     """Unequal micro-batches, which share the number of items; test_processes compares them with the whole batch."""
-    model = Model().to(device)
-
-    def backward(batch: Batch) -> None:
-        for part in (batch.rows(*rows) for rows in MICRO_BATCHES):
-            loss(model(part.ids), part.teacher, part.labels, num_items=batch.num_items).backward()
-
-    return take_steps(model, device, backward)
+    for part in (batch.rows(*rows) for rows in MICRO_BATCHES):
+        loss(model(part.ids), part.teacher, part.labels, num_items=batch.num_items).backward()
 
 
-def moving_teacher(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+def moving_teacher(loss: Callable[..., Tensor], both: nn.ModuleList, batch: Batch) -> None:
     """An exponential moving average of the student as teacher, updated between forward and backward."""
-    both = nn.ModuleList([Model(0), Model(1).requires_grad_(False)]).to(device)
     student, teacher = both
-
-    def backward(batch: Batch) -> None:
-        value = loss(student(batch.ids), teacher(batch.ids), batch.labels)
-        for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-            mine.lerp_(theirs.detach(), 0.1)
-        value.backward()
-        assert all(parameter.grad is None for parameter in teacher.parameters())
-
-    return take_steps(both, device, backward)
+    value = loss(student(batch.ids), teacher(batch.ids), batch.labels)
+    for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        mine.lerp_(theirs.detach(), 0.1)
+    value.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def learning_teacher(loss: Callable[..., Tensor], device: str) -> list[Tensor]:
+def learning_teacher(loss: Callable[..., Tensor], both: nn.ModuleList, batch: Batch) -> None:
     """Both sides learn, and share their embedding."""
-    both = nn.ModuleList([Model(0), Model(1)]).to(device)
     student, teacher = both
-    teacher.embedding = student.embedding
-
-    def backward(batch: Batch) -> None:
-        loss(student(batch.ids), teacher(batch.ids), batch.labels).backward()
-
-    return take_steps(both, device, backward)
+    loss(student(batch.ids), teacher(batch.ids), batch.labels).backward()
 
 
-LOOPS = {f.__name__: f for f in (accumulation, moving_teacher, learning_teacher)}
+def sharing_models() -> nn.ModuleList:
+    both = nn.ModuleList([Model(0), Model(1)])
+    both[1].embedding = both[0].embedding
+    return both
+
+
+# {name: (the modules that learn, a backward pass of loss, modules and batch)}
+LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
+    "accumulation": (Model, accumulation),
+    "moving teacher": (lambda: nn.ModuleList([Model(0), Model(1).requires_grad_(False)]), moving_teacher),
+    "learning teacher": (sharing_models, learning_teacher),
+}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loop(device: str, loop: str, loss: str) -> None:
     """Parameters change as with the plain loss."""
-    assert_close(*(LOOPS[loop](function, device) for function in LOSSES[loss]))
+    assert_close(*(take_steps(loop, function, device) for function in LOSSES[loss]))
 
 
 def mixed_precision(loss: Callable[..., Tensor], device: str) -> tuple[list[Tensor], list[float]]:
