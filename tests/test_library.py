@@ -165,14 +165,11 @@ def test_cuda_kernels_load() -> None:
 # ---------------------------------------------------------------- public names and documentation
 
 
-def test_public_names() -> None:
+def test_public_names_and_version() -> None:
+    """The package has the version that pip installed; test_docs.py compares the documents."""
     assert set(kldiv_ext.__all__) <= set(dir(kldiv_ext))
     assert (PACKAGE / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+", kldiv_ext.__version__)
-
-
-def test_version() -> None:
-    """The package has the version that pip installed; test_docs.py compares the documents."""
     try:
         distribution = importlib.metadata.distribution("kldiv_ext")
     except importlib.metadata.PackageNotFoundError:

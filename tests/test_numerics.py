@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from cases import (
     Divergence,
     Result,
     make_pair,
-    named,
     run,
 )
 from conftest import run_python
@@ -414,31 +412,22 @@ def test_instruction_set(wanted: str) -> None:
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # Threads share out few long rows by chunks, many rows by the row.
-SIZES = {"few-long": (2, 50257), "one-long": (1, 130000), "many": (64, 3000), "many-short": (5000, 40)}
-
-
-@pytest.mark.parametrize("shape", named(SIZES))
+@pytest.mark.parametrize("shape", [(2, 50257), (1, 130000), (64, 3000), (5000, 40)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", BOTH_PATHS, ids=str)
-def test_runs_and_threads(
-    divergence: Divergence, dtype: torch.dtype, reduction: str, shape: tuple[int, int], threads: Callable[[int], None]
-) -> None:
+def test_runs_and_threads(divergence: Divergence, dtype: torch.dtype, reduction: str, shape: tuple[int, int]) -> None:
     student, teacher = make_pair(*shape, dtype=dtype)
     weight = torch.rand(shape[0])
-    results = []
-    for count in (1, 2, 3, 8, 2, 1):
-        threads(count)
-        options = {**divergence.options, "weight": weight, "reduction": reduction}
-        results.append(run(distillation_loss, student, teacher, **options))
+    options = {**divergence.options, "weight": weight, "reduction": reduction}
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8, 2, 1):
+            torch.set_num_threads(count)
+            results.append(run(distillation_loss, student, teacher, **options))
+    finally:
+        torch.set_num_threads(before)
     for result in results[1:]:
         assert_equal(result, results[0])
 
