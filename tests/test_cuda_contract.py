@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Mix, logits, make_pair, run
+from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Mix, logits, make_pair, named, run
 from conftest import NO_CUDA, run_python
 from torch import Tensor, nn
 
@@ -164,15 +164,13 @@ def no_synchronization() -> Iterator[None]:
 def test_synchronization_is_noticed(device: str) -> None:
     """The next test relies on it."""
     value = torch.ones((), device=device)
-    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
-        value.item()
-    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
-        torch.as_tensor(3, device=device)
+    for synchronize in (value.item, lambda: torch.as_tensor(3, device=device)):
+        with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
+            synchronize()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_synchronization(device: str, name: str) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize("case", named(CASES))
+def test_no_synchronization(device: str, case: Case) -> None:
     for dtype in DTYPES:
         inputs = make_inputs(case, 1, dtype, device)
         with no_synchronization():
@@ -199,10 +197,9 @@ def capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph,
 
 
 @NO_CACHE
-@pytest.mark.parametrize("name", CASES)
-def test_graph(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_graph(device: str, case: Case) -> None:
     """A captured step gives eager's bits for whatever its inputs hold when it is replayed."""
-    case = CASES[name]
     for dtype in DTYPES:
         static = make_inputs(case, 0, dtype, device)
         graph, outputs = capture(lambda static=static: compute(case, static))
@@ -282,10 +279,10 @@ def late_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, In
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("on_side_stream", ["forward", "backward", "forward, backward"])
-@pytest.mark.parametrize("name", FEW_CASES)
-def test_streams(device: str, name: str, on_side_stream: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", named(FEW_CASES))
+def test_streams(device: str, case: Case, on_side_stream: str, dtype: torch.dtype) -> None:
     """Everything runs on the current stream, and gradients are ready on the stream that asked for them."""
-    case, current, side = FEW_CASES[name], torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     first, second = (side if direction in on_side_stream else current for direction in ("forward", "backward"))
 
     def step(fill: Callable[[], Inputs]) -> list[Tensor]:
@@ -305,10 +302,9 @@ def test_streams(device: str, name: str, on_side_stream: str, dtype: torch.dtype
 
 
 @TWO_DEVICES
-@pytest.mark.parametrize("name", CASES)
-def test_second_device(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_second_device(device: str, case: Case) -> None:
     """The tensors' device is used, not the current one, which does not change."""
-    case = CASES[name]
     for dtype, current in itertools.product(DTYPES, (0, 1)):
         expected = compute(case, make_inputs(case, 1, dtype, "cuda:0"))
         with torch.cuda.device(current):
@@ -320,10 +316,9 @@ def test_second_device(device: str, name: str) -> None:
 
 
 @TWO_DEVICES
-@pytest.mark.parametrize("name", FEW_CASES)
-def test_stream_of_the_second_device(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(FEW_CASES))
+def test_stream_of_the_second_device(device: str, case: Case) -> None:
     """Its current stream is used while the other device is the current one."""
-    case = FEW_CASES[name]
     held, right, fill = late_inputs(case, torch.float32, "cuda:1")
 
     def step(fill: Callable[[], Inputs]) -> list[Tensor]:
@@ -398,10 +393,10 @@ MEMORY_CASES = {
 
 
 @NO_CACHE
-@pytest.mark.parametrize("name", MEMORY_CASES)
-def test_memory(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(MEMORY_CASES))
+def test_memory(device: str, case: Case) -> None:
     """A forward pass allocates some bytes per row, a backward pass the requested gradients beside them."""
-    function, mix = MEMORY_CASES[name]
+    function, mix = case
     options = mix.arguments(*LARGE[:-1], columns=LARGE[-1], device=device)
     for dtype in DTYPES:
         inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
@@ -415,10 +410,9 @@ def test_memory(device: str, name: str) -> None:
 # ---------------------------------------------------------------- determinism
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_runs_are_equal(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_runs_are_equal(device: str, case: Case) -> None:
     """Alone, beside other work on the device, and on uninitialized memory."""
-    case = CASES[name]
     busy, factor = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
     for dtype in DTYPES:
         inputs = make_inputs(case, 1, dtype, device, (300, 5003))
