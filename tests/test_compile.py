@@ -6,14 +6,13 @@ import functools
 import io
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import MIXES, Mix, make_pair, named, run
+from cases import DTYPES, MIXES, Mix, make_pair, named, run
 from conftest import run_python
 from oracle import assert_equal
 from torch import Tensor
@@ -51,34 +50,13 @@ def assert_compiles(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]
 # ---------------------------------------------------------------- the bits of eager
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_divergences(device: str, divergence: str) -> None:
-    loss, tensors = functools.partial(distillation_loss, divergence=divergence), make_pair(*SHAPE, device=device)
-    assert_compiles(loss, tensors, dynamic=True)
-    mask = MIXES["mask"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
-    assert_compiles(functools.partial(loss, reduction="none", **mask), tensors, dynamic=False)
-
-
-COMPILED_MIXES = {
-    name: MIXES[name]
-    for name in (
-        "reduction=sum",
-        "reduction=batchmean",
-        "mask",
-        "labels",
-        "labels, mask, weight",
-        "labels, num_items",
-        "num_items=37",
-        "temperature squared",
-        "hard labels, scale",
-        "valid_vocab=30",
-        "everything",
-    )
-} | {
+COMPILED_MIXES = MIXES | {
     "weight, none": Mix({"reduction": "none"}, ("weight",)),
     "hard labels, none": Mix({**MIXES["hard labels alone"].options, "reduction": "none"}, ("labels",)),
     "jsd, softcap, scale": Mix({"logit_softcap": 2.0, "logit_scale": (0.5, None), "divergence": "jsd"}),
 }
+COMPILED_MIXES |= {divergence: Mix({"divergence": divergence}) for divergence in DIVERGENCES}
+COMPILED_MIXES |= {f"{d}, none": Mix({"divergence": d, "reduction": "none"}, ("mask",)) for d in DIVERGENCES}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -88,26 +66,22 @@ def test_options(device: str, mix: Mix, dynamic: bool) -> None:
     assert_compiles(functools.partial(distillation_loss, **arguments), make_pair(*SHAPE, device=device), dynamic)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(device: str, dtype: torch.dtype) -> None:
-    """float16 computes its gradient in backward, the others in forward."""
-    assert_compiles(distillation_loss, make_pair(*SHAPE, dtype=dtype, device=device))
+    """float16 computes its gradient in backward, the others in forward; also in a module."""
+    tensors = make_pair(*SHAPE, dtype=dtype, device=device)
+    for function in (distillation_loss, kldiv_ext.DistillationLoss(divergence="jsd", temperature=2.0)):
+        assert_compiles(function, tensors)
 
 
-def test_module(device: str) -> None:
-    module = kldiv_ext.DistillationLoss(divergence="jsd", temperature=2.0)
-    assert_compiles(module, make_pair(*SHAPE, device=device))
-
-
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "batchmean", "sum", "elementwise_mean", "size_average"])
 def test_kl_div(device: str, reduction: str, dynamic: bool) -> None:
     options = {"size_average": False} if reduction == "size_average" else {"reduction": reduction}
     input, target = (t.log_softmax(-1) for t in make_pair(*SHAPE, device=device))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_compiles(functools.partial(kl_div, **options), (input, target.exp()), dynamic)
-        assert_compiles(functools.partial(kl_div, log_target=True, **options), (input, target), dynamic)
+    assert_compiles(functools.partial(kl_div, **options), (input, target.exp()), dynamic)
+    assert_compiles(functools.partial(kl_div, log_target=True, **options), (input, target), dynamic)
 
 
 def test_kl_div_without_a_kernel(device: str) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU shows: no synchronization, CUDA graphs, streams, a second device, memory, equal runs, autocast."""
+"""What only a GPU shows: no synchronization, CUDA graphs, streams, a second device, memory, equal runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Divergence, Mix, logits, make_pair, run
+from cases import DIVERGENCES, FORWARD_KL, JSD, MIXES, POSITIONS, REDUCTIONS, Mix, logits, make_pair, named, run
 from conftest import NO_CUDA, run_python
 from torch import Tensor, nn
 
@@ -164,15 +164,13 @@ def no_synchronization() -> Iterator[None]:
 def test_synchronization_is_noticed(device: str) -> None:
     """The next test relies on it."""
     value = torch.ones((), device=device)
-    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
-        value.item()
-    with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
-        torch.as_tensor(3, device=device)
+    for synchronize in (value.item, lambda: torch.as_tensor(3, device=device)):
+        with no_synchronization(), pytest.raises(RuntimeError, match="synchronizing"):
+            synchronize()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_synchronization(device: str, name: str) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize("case", named(CASES))
+def test_no_synchronization(device: str, case: Case) -> None:
     for dtype in DTYPES:
         inputs = make_inputs(case, 1, dtype, device)
         with no_synchronization():
@@ -199,10 +197,9 @@ def capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph,
 
 
 @NO_CACHE
-@pytest.mark.parametrize("name", CASES)
-def test_graph(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_graph(device: str, case: Case) -> None:
     """A captured step gives eager's bits for whatever its inputs hold when it is replayed."""
-    case = CASES[name]
     for dtype in DTYPES:
         static = make_inputs(case, 0, dtype, device)
         graph, outputs = capture(lambda static=static: compute(case, static))
@@ -273,29 +270,19 @@ def behind_a_slow_kernel(work: Callable[[], list[Tensor]]) -> list[Tensor]:
     pytest.fail("queueing a step takes ten billion cycles of the device: something makes the host wait for it")
 
 
-class Late(NamedTuple):
-    """Inputs that hold NaN, or 0, until copies on the current stream fill them."""
-
-    held: Inputs
-    right: Inputs
-
-    @staticmethod
-    def make(case: Case, dtype: torch.dtype, device: str) -> Late:
-        right = make_inputs(case, 1, dtype, device)
-        held = {key: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for key, t in right.items()}
-        return Late(held, right)
-
-    def filled(self) -> Inputs:
-        for name, tensor in self.held.items():
-            tensor.copy_(self.right[name])
-        return self.held
+def late_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, Inputs, Callable[[], Inputs]]:
+    """Inputs that hold NaN, or 0; the right ones; and a copy of these into those, on the current stream."""
+    right = make_inputs(case, 1, dtype, device)
+    held = {key: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for key, t in right.items()}
+    return held, right, lambda: {key: tensor.copy_(right[key]) for key, tensor in held.items()}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("on_side_stream", ["forward", "backward", "forward, backward"])
-@pytest.mark.parametrize("name", FEW_CASES)
-def test_streams(device: str, name: str, on_side_stream: str) -> None:
+@pytest.mark.parametrize("case", named(FEW_CASES))
+def test_streams(device: str, case: Case, on_side_stream: str, dtype: torch.dtype) -> None:
     """Everything runs on the current stream, and gradients are ready on the stream that asked for them."""
-    case, current, side = FEW_CASES[name], torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     first, second = (side if direction in on_side_stream else current for direction in ("forward", "backward"))
 
     def step(fill: Callable[[], Inputs]) -> list[Tensor]:
@@ -304,22 +291,20 @@ def test_streams(device: str, name: str, on_side_stream: str) -> None:
             gradients = torch.autograd.grad(loss, leaves, grad_output)
             return [loss.detach(), *(gradient.clone() for gradient in gradients)]
 
-    for dtype in DTYPES:
-        late = Late.make(case, dtype, device)
-        with torch.cuda.stream(first):
-            step(lambda late=late: late.held)  # loads kernels, and leaves memory at hand that holds nothing right
-            results = behind_a_slow_kernel(lambda late=late: step(late.filled))
-        assert_equal(results, compute(case, late.right))  # computed now, so that no memory held it before
+    held, right, fill = late_inputs(case, dtype, device)
+    with torch.cuda.stream(first):
+        step(lambda: held)  # loads kernels, and leaves memory at hand that holds nothing right
+        results = behind_a_slow_kernel(lambda: step(fill))
+    assert_equal(results, compute(case, right))  # computed now, so that no memory held it before
 
 
 # ---------------------------------------------------------------- a second device
 
 
 @TWO_DEVICES
-@pytest.mark.parametrize("name", CASES)
-def test_second_device(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_second_device(device: str, case: Case) -> None:
     """The tensors' device is used, not the current one, which does not change."""
-    case = CASES[name]
     for dtype, current in itertools.product(DTYPES, (0, 1)):
         expected = compute(case, make_inputs(case, 1, dtype, "cuda:0"))
         with torch.cuda.device(current):
@@ -331,20 +316,19 @@ def test_second_device(device: str, name: str) -> None:
 
 
 @TWO_DEVICES
-@pytest.mark.parametrize("name", FEW_CASES)
-def test_stream_of_the_second_device(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(FEW_CASES))
+def test_stream_of_the_second_device(device: str, case: Case) -> None:
     """Its current stream is used while the other device is the current one."""
-    case = FEW_CASES[name]
-    late = Late.make(case, torch.float32, "cuda:1")
+    held, right, fill = late_inputs(case, torch.float32, "cuda:1")
 
     def step(fill: Callable[[], Inputs]) -> list[Tensor]:
         with torch.cuda.device(0):
             return compute(case, fill())
 
     with torch.cuda.stream(torch.cuda.Stream(1)):  # makes its device the current one as well
-        step(lambda: late.held)
-        results = behind_a_slow_kernel(lambda: step(late.filled))
-    assert_equal(results, compute(case, late.right))
+        step(lambda: held)
+        results = behind_a_slow_kernel(lambda: step(fill))
+    assert_equal(results, compute(case, right))
 
 
 @TWO_DEVICES
@@ -399,40 +383,36 @@ def extra_bytes(function: Callable[[], Any]) -> int:
     return extra
 
 
-def assert_memory_is_the_gradients(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> None:
-    inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
-    assert extra_bytes(lambda: function(*inputs)) <= REST
-    for needs_grad in ((True, False), (True, True)):
-        needed = sum(needs_grad) * inputs[0].nbytes
-        step = functools.partial(run, function, *inputs, needs_grad=needs_grad)
-        assert needed <= extra_bytes(step) <= needed + REST
+MEMORY_CASES = {
+    f"{divergence}, {reduction}": with_options(
+        distillation_loss, MIXES["weight"], **divergence.options, reduction=reduction
+    )
+    for divergence in DIVERGENCES
+    for reduction in ("mean", "none")
+} | {name: case for name, case in CASES.items() if name.startswith("kl_div, batchmean")}
 
 
 @NO_CACHE
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_memory(device: str, divergence: Divergence) -> None:
+@pytest.mark.parametrize("case", named(MEMORY_CASES))
+def test_memory(device: str, case: Case) -> None:
     """A forward pass allocates some bytes per row, a backward pass the requested gradients beside them."""
-    weight = torch.rand(LARGE[0], device=device)
-    for dtype, reduction in itertools.product(DTYPES, ("mean", "none")):
-        options = {**divergence.options, "weight": weight, "reduction": reduction}
-        assert_memory_is_the_gradients(functools.partial(distillation_loss, **options), dtype, device)
-
-
-@NO_CACHE
-@pytest.mark.parametrize("log_target", [False, True])
-def test_memory_of_kl_div(device: str, log_target: bool) -> None:
+    function, mix = case
+    options = mix.arguments(*LARGE[:-1], columns=LARGE[-1], device=device)
     for dtype in DTYPES:
-        loss = functools.partial(kl_div, reduction="batchmean", log_target=log_target)
-        assert_memory_is_the_gradients(loss, dtype, device)
+        inputs = [torch.rand(LARGE, device=device, dtype=dtype) for _ in range(2)]
+        assert extra_bytes(functools.partial(function, *inputs, **options)) <= REST
+        for needs_grad in ((True, False), (True, True)):
+            needed = sum(needs_grad) * inputs[0].nbytes
+            step = functools.partial(run, function, *inputs, needs_grad=needs_grad, **options)
+            assert needed <= extra_bytes(step) <= needed + REST
 
 
 # ---------------------------------------------------------------- determinism
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_runs_are_equal(device: str, name: str) -> None:
+@pytest.mark.parametrize("case", named(CASES))
+def test_runs_are_equal(device: str, case: Case) -> None:
     """Alone, beside other work on the device, and on uninitialized memory."""
-    case = CASES[name]
     busy, factor = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
     for dtype in DTYPES:
         inputs = make_inputs(case, 1, dtype, device, (300, 5003))
@@ -448,32 +428,3 @@ def test_runs_are_equal(device: str, name: str) -> None:
         finally:
             torch.use_deterministic_algorithms(False)
         torch.cuda.synchronize()
-
-
-# ---------------------------------------------------------------- autocast
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [name for name in FEW_CASES if not name.startswith("from hidden states")])
-def test_autocast(device: str, name: str, dtype: torch.dtype) -> None:
-    """The logits of a layer under autocast; the loss inside the region is the one outside. (Products are not.)"""
-    case = FEW_CASES[name]
-    inputs = make_inputs(case, 1, torch.float32, device)
-    layer = nn.Linear(64, SHAPE[1], device=device)
-    hidden = torch.randn(SHAPE[0], 64, device=device)
-    positions = {name: inputs[name] for name in case.mix.tensors}
-
-    def step(inside: bool) -> list[Tensor]:
-        layer.zero_grad()
-        with torch.autocast(device, dtype):
-            logits = layer(hidden)
-            assert logits.dtype == dtype
-            with torch.autocast(device, dtype, enabled=inside):
-                if case.function is kl_div:
-                    logits = logits.float().log_softmax(-1)
-                loss = case.function(logits, inputs["teacher"], **positions, **case.mix.options)
-        assert loss.dtype == torch.float32
-        (2.0**10 * loss.sum()).backward()
-        return [loss.detach(), layer.weight.grad.clone(), layer.bias.grad.clone()]
-
-    assert_equal(step(True), step(False))

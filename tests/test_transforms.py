@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from cases import MIXES, make_pair, run
+from cases import MIXES, make_pair, named, run
 from oracle import assert_equal
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -43,22 +43,20 @@ class Loss(NamedTuple):
     plain: Callable[[Tensor, Tensor], Tensor]
 
 
-def of_logits(make: Callable[..., Callable[[Tensor, Tensor], Tensor]]) -> Loss:
-    return Loss(make(distillation_loss), make(reference.distillation_loss))
+def twice(ours: Any, plain: Any, make: Callable[..., Callable[[Tensor, Tensor], Tensor]]) -> Loss:
+    return Loss(make(ours), make(plain))
 
 
-def of_probabilities(log_target: bool) -> Loss:
-    def with_function(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        target = torch.log_softmax if log_target else torch.softmax
-        return lambda s, t: function(s.log_softmax(-1), target(t, -1), reduction="sum", log_target=log_target)
-
-    return Loss(with_function(kl_div), with_function(F.kl_div))
+of_logits = functools.partial(twice, distillation_loss, reference.distillation_loss)
+of_probabilities = functools.partial(twice, kl_div, F.kl_div)
 
 
 EVERY_OPTION = {**MIXES["everything"].options, "divergence": "skew_reverse_kl", "valid_vocab": 5, "ignore_index": 5}
 LOSSES = {
-    "kl_div": of_probabilities(log_target=False),
-    "kl_div, log_target": of_probabilities(log_target=True),
+    "kl_div": of_probabilities(lambda f: lambda s, t: f(s.log_softmax(-1), t.softmax(-1), reduction="sum")),
+    "kl_div, log_target": of_probabilities(
+        lambda f: lambda s, t: f(s.log_softmax(-1), t.log_softmax(-1), reduction="sum", log_target=True)
+    ),
     **{
         f"{divergence}, {reduction}": of_logits(
             lambda f, d=divergence, r=reduction: lambda s, t: f(s, t, divergence=d, reduction=r).sum()
@@ -71,10 +69,10 @@ LOSSES = {
 
 JSD = OperatorOptions(1.0, 0.0, 1, "jsd", 0.5, 1.0, (1.0, 1.0), (0.0, 0.0), None)
 OPERATOR_LOSSES = {
-    "kl_div": Loss(
+    "operator kl_div": Loss(
         lambda s, t: torch.ops.kldiv_ext.kl_div(s.log_softmax(-1), t.softmax(-1), 1, False), LOSSES["kl_div"].plain
     ),
-    "distillation_loss": Loss(
+    "operator distillation_loss": Loss(
         lambda s, t: torch.ops.kldiv_ext.distillation_loss(s, t, None, None, *JSD, False, False, False)[0],
         lambda s, t: reference.distillation_loss(s, t, divergence="jsd", reduction="sum"),
     ),
@@ -101,55 +99,48 @@ EAGER_TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 def assert_transforms_agree(transform: Callable[..., Any], loss: Loss, device: str, compiled: bool = False) -> None:
     tensors = make_pair(3, 6, dtype=torch.float64, device=device)
-    ours = functools.partial(transform, loss.ours)
+    ours = lambda s, t: transform(loss.ours, s, t)  # noqa: E731
     if compiled:
         torch._dynamo.reset()
-        ours = torch.compile(lambda s, t: transform(loss.ours, s, t), backend="aot_eager", fullgraph=True)
+        ours = torch.compile(ours, backend="aot_eager", fullgraph=True)
     values, expected = tree_leaves(ours(*tensors)), tree_leaves(transform(loss.plain, *tensors))
     assert all(other.any() for other in expected), "the test would not see a silent zero"
     assert_close(values, expected)
 
 
-@pytest.mark.parametrize("transform", EAGER_TRANSFORMS)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_func(device: str, loss: str, transform: str) -> None:
-    assert_transforms_agree(EAGER_TRANSFORMS[transform], LOSSES[loss], device)
+@pytest.mark.parametrize("transform", named(EAGER_TRANSFORMS))
+@pytest.mark.parametrize("loss", named(LOSSES))
+def test_func(device: str, loss: Loss, transform: Callable[..., Any]) -> None:
+    assert_transforms_agree(transform, loss, device)
 
 
-@pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_compiled_func(device: str, loss: str, transform: str) -> None:
-    assert_transforms_agree(COMPILED_TRANSFORMS[transform], LOSSES[loss], device, compiled=True)
-
-
-@pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
-@pytest.mark.parametrize("loss", OPERATOR_LOSSES)
-def test_compiled_func_of_operators(device: str, loss: str, transform: str) -> None:
+@pytest.mark.parametrize("transform", named(COMPILED_TRANSFORMS))
+@pytest.mark.parametrize("loss", named(LOSSES | OPERATOR_LOSSES))
+def test_compiled_func(device: str, loss: Loss, transform: Callable[..., Any]) -> None:
     """The compiler may inline our Functions and call the operators while gradients are tracked. Operators without
     autograd kernels of their own would then return zeros and say nothing.
     """
-    assert_transforms_agree(COMPILED_TRANSFORMS[transform], OPERATOR_LOSSES[loss], device, compiled=True)
+    assert_transforms_agree(transform, loss, device, compiled=True)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_forward_mode(device: str, loss: str) -> None:
+@pytest.mark.parametrize("loss", named(LOSSES))
+def test_forward_mode(device: str, loss: Loss) -> None:
     student, teacher = make_pair(*SHAPE, dtype=torch.float64, device=device)
     results = []
-    for function in LOSSES[loss]:
+    for function in loss:
         with forward_ad.dual_level():
             dual = function(forward_ad.make_dual(student.clone().requires_grad_(), teacher), teacher)
             results.append([t.detach() for t in forward_ad.unpack_dual(dual)])
     assert_close(*results)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_batched_gradients(device: str, loss: str) -> None:
+@pytest.mark.parametrize("loss", named(LOSSES))
+def test_batched_gradients(device: str, loss: Loss) -> None:
     tensors = [t.requires_grad_() for t in make_pair(*SHAPE, dtype=torch.float64, device=device)]
     directions = torch.arange(1.0, 4.0, dtype=torch.float64, device=device)
-    results = [
-        torch.autograd.grad(function(*tensors), tensors, directions, is_grads_batched=True) for function in LOSSES[loss]
-    ]
-    assert_close(*results)
+    assert_close(
+        *(torch.autograd.grad(function(*tensors), tensors, directions, is_grads_batched=True) for function in loss)
+    )
 
 
 # ---------------------------------------------------------------- modes and wrappers
@@ -204,11 +195,36 @@ def test_teacher_from_inference_mode(device: str, kernel: str) -> None:
     weight = MIXES["weight"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
     with torch.inference_mode():
         frozen, frozen_weight = teacher * 1, {name: x * 1 for name, x in weight.items()}
-    function = KERNELS[kernel]
-    assert_equal(run(lambda s: function(s, frozen), student), run(lambda s: function(s, teacher), student))
+    step = functools.partial(run, KERNELS[kernel], student, needs_grad=(True, False))
+    assert frozen.detach().is_inference()
+    assert_equal(step(frozen), step(teacher))
     if kernel != "kl_div":
-        weighted = run(lambda s: function(s, frozen, **frozen_weight), student)
-        assert_equal(weighted, run(lambda s: function(s, teacher, **weight), student))
+        assert_equal(step(frozen, **frozen_weight), step(teacher, **weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_layer(device: str, dtype: torch.dtype) -> None:
+    """The logits of a layer under autocast; the loss inside the region is the one outside."""
+    student, teacher = make_pair(*SHAPE, device=device)
+    tensors = torch.randn(SHAPE[-1], 64, device=device), student[0]
+    hidden = torch.randn(SHAPE[0], 64, device=device)
+    positions = MIXES["labels, mask, weight"].arguments(*SHAPE[:-1], columns=SHAPE[-1], device=device)
+
+    def loss(weight: Tensor, bias: Tensor, function: Callable[..., Tensor], inside: bool) -> Tensor:
+        with torch.autocast(device, dtype):
+            logits = F.linear(hidden, weight, bias)
+            assert logits.dtype == dtype
+            with torch.autocast(device, dtype, enabled=inside):
+                return function(logits, teacher)
+
+    for function in (
+        *(KERNELS[name] for name in ("distillation_loss", "distillation_loss, none")),
+        functools.partial(distillation_loss, **positions),
+        lambda s, t: kl_div(s.float().log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+    ):
+        ours, expected = (run(loss, *tensors, function, inside, grad_output=2.0**10) for inside in (True, False))
+        assert ours.loss.dtype == torch.float32
+        assert_equal(ours, expected)
 
 
 def test_python_threads(device: str) -> None:
