@@ -42,9 +42,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# ---------------------------------------------------------------- calls
-
-
 class Case(NamedTuple):
     """A call of a loss, with its options and the position tensors that it takes."""
 
@@ -147,9 +144,6 @@ def assert_equal(results: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(value, other)
 
 
-# ---------------------------------------------------------------- no synchronization
-
-
 @contextmanager
 def no_synchronization() -> Iterator[None]:
     """An operator that synchronizes raises."""
@@ -177,9 +171,6 @@ def test_no_synchronization(device: str, case: Case) -> None:
             compute(case, inputs)
             with torch.no_grad():
                 forward(case, inputs)
-
-
-# ---------------------------------------------------------------- CUDA graphs
 
 
 def capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -251,9 +242,6 @@ def test_graphed_callable(device: str, options: dict[str, Any]) -> None:
     assert_equal(*results)
 
 
-# ---------------------------------------------------------------- streams
-
-
 def behind_a_slow_kernel(work: Callable[[], list[Tensor]]) -> list[Tensor]:
     """The result of `work`, queued on the current stream behind a kernel that runs until all is queued. What `work`
     queues on another stream, without making that wait, is done long before.
@@ -298,9 +286,6 @@ def test_streams(device: str, case: Case, on_side_stream: str, dtype: torch.dtyp
     assert_equal(results, compute(case, right))  # computed now, so that no memory held it before
 
 
-# ---------------------------------------------------------------- a second device
-
-
 @TWO_DEVICES
 @pytest.mark.parametrize("case", named(CASES))
 def test_second_device(device: str, case: Case) -> None:
@@ -337,8 +322,6 @@ def test_two_devices_in_one_call(device: str) -> None:
     with pytest.raises(ValueError, match="teacher_logits must be on the device of student_logits"):
         distillation_loss(student.to("cuda:0"), teacher.to("cuda:1"))
 
-
-# ---------------------------------------------------------------- memory
 
 # Without the caching allocator every tensor has pages of its own, freed with it.
 UNCACHED = """
@@ -405,9 +388,6 @@ def test_memory(device: str, case: Case) -> None:
             needed = sum(needs_grad) * inputs[0].nbytes
             step = functools.partial(run, function, *inputs, needs_grad=needs_grad, **options)
             assert needed <= extra_bytes(step) <= needed + REST
-
-
-# ---------------------------------------------------------------- determinism
 
 
 @pytest.mark.parametrize("case", named(CASES))

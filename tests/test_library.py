@@ -29,9 +29,6 @@ NEEDS_CUDA_OBJECT = pytest.mark.skipif(
 )
 
 
-# ---------------------------------------------------------------- the shared objects
-
-
 def test_objects_use_the_limited_python_abi() -> None:
     names = [path.name for path in OBJECTS]
     assert "_C.abi3.so" in names
@@ -84,9 +81,6 @@ def test_cuda_row_kernels_move_16_bytes_at_a_time() -> None:
     assert architectures and seen == {(a, name) for a in architectures for name in WIDE_ACCESSES}
 
 
-# ---------------------------------------------------------------- import
-
-
 def test_import_from_elsewhere(tmp_path: Path) -> None:
     """It works in any directory, without a warning, and initializes no GPU: a DataLoader may fork afterwards."""
     script = (
@@ -114,9 +108,6 @@ def test_environment_variables(tmp_path: Path, variable: str) -> None:
     wrong = f"the environment's {variable} must be {allowed}, but is 'sse'"
     for value, printed in {"": "imported", allowed.split()[-1]: "imported", "sse": wrong}.items():
         assert run_python("-c", IMPORT, cwd=tmp_path, **{variable: value}) == f"{printed}\n"
-
-
-# ---------------------------------------------------------------- without CUDA kernels
 
 
 MISSING = {
@@ -160,9 +151,6 @@ def test_reasons_for_missing_cuda_kernels(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_cuda_kernels_load() -> None:
     """Also where there is no GPU."""
     assert _library.cuda_missing_reason == ""
-
-
-# ---------------------------------------------------------------- public names and documentation
 
 
 def test_public_names_and_version() -> None:

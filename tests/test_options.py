@@ -62,9 +62,6 @@ def assert_in_docstring(function: Callable[..., Any], kind: type) -> None:
         assert text.count(f"{name}: {option.doc}") == (name in table(kind)), name
 
 
-# ---------------------------------------------------------------- the table
-
-
 @pytest.mark.parametrize("name", ALL_OPTIONS)
 def test_option_is_complete(name: str) -> None:
     """An option has a type, a default that its check accepts, and a sentence."""
@@ -126,8 +123,6 @@ def test_what_operators_are_given() -> None:
     assert options.denominator("batchmean", (), lambda: 5) == 1
 
 
-# ---------------------------------------------------------------- a new option
-
 CHECKED: list[tuple[str, Any]] = []
 
 
@@ -177,9 +172,6 @@ def test_a_new_option_appears_everywhere() -> None:
     for taker in TAKERS:
         with pytest.raises(TypeError, match="sharpness"):
             call(taker, sharpness=2)
-
-
-# ---------------------------------------------------------------- wrong options
 
 
 @pytest.mark.parametrize("taker, kind", TAKERS.items())

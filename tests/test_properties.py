@@ -36,9 +36,6 @@ def in_place(layout: str) -> Callable[..., Tensor]:
     )
 
 
-# ---------------------------------------------------------------- the oracle
-
-
 def gradient_scale(problem: Problem, expected: Result, allowed: Sequence[Tensor], grad_output: Tensor) -> float:
     """The factor of a GradScaler: float16 gradients neither overflow nor lose more than they must."""
     if torch.float16 not in (problem.student.dtype, problem.teacher.dtype):
@@ -116,9 +113,6 @@ def test_oracle(case: Case) -> None:
             assert value.dtype == like.dtype and value.shape == like.shape
             assert_rows_within(side, value, other * factor, grad_output.abs() * factor * (floor + underflow))
             assert not value[~counts].any()
-
-
-# ---------------------------------------------------------------- to the bit
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -247,9 +241,6 @@ def test_never_negative(case: Case) -> None:
     assert ((loss >= 0) | loss.isnan()).all(), loss
 
 
-# ---------------------------------------------------------------- token_stats
-
-
 @given(calls())
 def test_token_stats(case: Case) -> None:
     """Every figure against the reference's; the two divergences as distillation_loss has them."""
@@ -279,9 +270,6 @@ def test_token_stats(case: Case) -> None:
         if name.endswith("entropy"):  # p is known from the larger of p and q, by the gap between them
             floor = floor + 4 * eps * size * (largest[0] + largest[1])
         assert_within(name, value, other, LOSS[value.dtype] * finite(other).abs() + floor)
-
-
-# ---------------------------------------------------------------- kl_div
 
 
 @given(POINTWISE)

@@ -33,9 +33,6 @@ def logits(*probabilities: float) -> torch.Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-# ---------------------------------------------------------------- the table of divergences
-
-
 def test_tables_agree() -> None:
     """C++, Python, the oracle and the tests know the same divergences with the same parameters."""
     assert kldiv_ext.DIVERGENCES == tuple(reference.DIVERGENCES) == tuple(TERMS) == tuple(PARAMETER_NAMES)
@@ -45,9 +42,6 @@ def test_tables_agree() -> None:
         assert list(inspect.signature(formula).parameters)[2:] == ([parameter] if parameter else [])
         assert not parameter or parameter in options
         assert f"- ``{name}``: " in kldiv_ext.distillation_loss.__doc__, "not in the docstring's list"
-
-
-# ---------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -104,9 +98,6 @@ def test_against_torch(temperature: float) -> None:
     assert_close(squared, forward * temperature**2)
 
 
-# ---------------------------------------------------------------- laws
-
-
 @pytest.mark.parametrize("divergence", ALL_DIVERGENCES, ids=str)
 def test_zero_at_equality_positive_elsewhere_invariant_to_shifts(divergence: Divergence) -> None:
     student, teacher = make_pair(50, 30, dtype=torch.float64)
@@ -155,9 +146,6 @@ def test_ends_of_the_parameter(name: str, end: float) -> None:
     assert_close(near, at_end, rtol=1e-4, atol=0)
 
 
-# ---------------------------------------------------------------- reductions and positions
-
-
 def test_reductions_and_positions() -> None:
     """Every denominator, written out."""
     student, teacher = make_pair(2, 3, 30, dtype=torch.float64)
@@ -198,9 +186,6 @@ def test_no_items_with_an_infinite_row() -> None:
     assert reference.distillation_loss(student, teacher) == math.inf
     result = run(reference.distillation_loss, student, teacher, num_items=0)
     assert result.loss == 0 and not any(g.any() for g in result.gradients)
-
-
-# ---------------------------------------------------------------- the drop-in
 
 
 @pytest.mark.parametrize("log_target", [False, True])
