@@ -7,18 +7,29 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.10
-# CUDA kernels are built for these: by default for the GPUs in this machine, without one for none.
-CUDA_ARCHITECTURES ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
 ALL_ARCHITECTURES := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
-
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.built-for-cpu$(if $(CUDA_ARCHITECTURES),-and-$(subst ;,-,$(CUDA_ARCHITECTURES)))
+# CUDA kernels are built for CUDA_ARCHITECTURES: by default those of the GPUs in this machine, without one none. Where
+# the variable is set, CUDA kernels that cannot be built are an error.
+ifeq ($(origin CUDA_ARCHITECTURES),undefined)
+CUDA_ARCHITECTURES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | grep -oxE '[0-9]+\.[0-9]+' | sort -u | paste -sd ';')
+else
+REQUIRED := FORCE_CUDA=1
+endif
 ifeq ($(CUDA_ARCHITECTURES),)
 BUILD := FORCE_CPU=1
-TARGETS := the CPU (no GPU in this machine; about 2 minutes on 2 cores)
+TARGETS := the CPU alone (about 2 minutes on 2 cores)
 else
-BUILD := TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)'
-TARGETS := the CPU and CUDA $(CUDA_ARCHITECTURES) (about 2 minutes, and as much per CUDA architecture, on 2 cores)
+BUILD := $(REQUIRED) TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)'
+TARGETS := the CPU and CUDA $(CUDA_ARCHITECTURES) (about 4 minutes and 2 per architecture on 2 cores)
+endif
+
+BIN := $(VENV)/bin
+# The objects are built in place: the stamp names the environment and the architectures that they were built with.
+empty :=
+STAMP := build/.built$(subst /,-,$(abspath $(VENV)))-cpu-$(subst $(empty) $(empty),-,$(subst ;,-,$(CUDA_ARCHITECTURES)))
+ifeq ($(filter oneshell,$(.FEATURES)),)
+$(error GNU make 3.82 or later is needed)
 endif
 say = echo; echo "== $(1)"
 
@@ -31,13 +42,13 @@ demo: $(STAMP)  ## distil a student with F.kl_div and with kldiv_ext, side by si
 	$(call say,Demo: distil a student on real text with F.kl_div; from logits; from hidden states)
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP)  ## all tests, on every CPU core (about 10 minutes on 2 cores)
+test: $(STAMP)  ## the tests, on every CPU core (about 10 minutes on 2 cores)
 	$(call say,Tests: about 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check-all:  ## what CI checks, with CUDA kernels for all six architectures (about an hour on 2 cores)
 	$(call say,All checks in a fresh environment with CUDA $(ALL_ARCHITECTURES): about an hour on 2 cores)
-	CUDA_ARCHITECTURES='$(ALL_ARCHITECTURES)' .ci/run
+	env -u MAKEFLAGS -u VENV CUDA_ARCHITECTURES='$(ALL_ARCHITECTURES)' .ci/run
 
 docs: $(STAMP)  ## build the documentation into build/site (seconds)
 	$(call say,Documentation)
@@ -75,11 +86,12 @@ sanitize: $(STAMP)  ## the CPU kernels under gcc's address, undefined-behaviour 
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(call say,Installing PyTorch and the tools into $(VENV): several gigabytes the first time)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
 	$(call say,Building kldiv_ext for $(TARGETS))
 	mkdir -p build
+	rm -f build/.built-* kldiv_ext/_C*.so
 	SECONDS=0
 	if ! $(BUILD) $(BIN)/pip install --verbose --no-build-isolation --editable ".[dev,demo,docs]" 2>&1 \
 	    | tee build/install.log | sed -unE 's#^ *(\[[0-9]+/[0-9]+\]).* -o [^ ]*/([^ ]+)\.o.*#  \1 \2#p'; then
@@ -88,7 +100,6 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	fi
 	echo "built in $$SECONDS s"
 	$(BIN)/python -m kldiv_ext.info
-	rm -f $(VENV)/.built-for-*
 	touch $@
 
 clean:  ## remove what was built, and .venv

@@ -92,7 +92,7 @@ struct PointwiseArgs {
   bool log_target = false;
   int64_t rows = 0, columns = 0;
   double scale = 1;          // multiplies loss and gradients
-  Output output;             // the terms one by one, for reduction="none"
+  Output output;             // the terms one by one, without a divisor
   void* loss = nullptr;      // [] acc_t
   void* partials = nullptr;  // scratch of the sum, acc_t: as many as the device asks for
   Matrix grad_output;        // any strides, also all 0

@@ -26,11 +26,11 @@ namespace kldiv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct LossOptions {
+struct LossArguments {
   KLDIV_LOSS_OPTIONS(KLDIV_MEMBER)
 };
 
-struct StatsOptions {
+struct StatsArguments {
   KLDIV_STATS_OPTIONS(KLDIV_MEMBER)
 };
 
@@ -122,6 +122,12 @@ inline LogitsGradient logits_gradient(Tensor& gradient) {
   return {output(gradient), row_layout(gradient), columns_of(gradient)};
 }
 
+// 1 / divisor, or 1 without one.
+inline double reciprocal(const char* op, std::optional<int64_t> divisor) {
+  STD_TORCH_CHECK(divisor.value_or(1) > 0, "kldiv_ext::", op, ": divisor must be positive");
+  return 1 / static_cast<double>(divisor.value_or(1));
+}
+
 // The options of both structs, checked and written into `args`.
 template <typename Options>
 void set_logits(LogitsArgs& args, const char* op, const Tensor& student, const Tensor& teacher,
@@ -151,7 +157,7 @@ void set_logits(LogitsArgs& args, const char* op, const Tensor& student, const T
 }
 
 inline DistillationArgs distillation_args(const char* op, const Tensor& student, const Tensor& teacher,
-                                          const LossOptions& options) {
+                                          const LossArguments& options) {
   DistillationArgs args;
   set_logits(args, op, student, teacher, options);
   STD_TORCH_CHECK(options.hard_scale == 0 || options.labels.has_value(), "kldiv_ext::", op,
@@ -162,10 +168,9 @@ inline DistillationArgs distillation_args(const char* op, const Tensor& student,
   // A part of scale 0 is absent: it contributes 0, not 0 * inf.
   if (options.soft_scale != 0) args.divergence = options.divergence;
   args.parameter = options.parameter;
-  STD_TORCH_CHECK(options.divisor.value_or(1) > 0, "kldiv_ext::", op, ": divisor must be positive");
-  const double per_row = 1 / static_cast<double>(options.divisor.value_or(1));
-  args.soft_scale = options.soft_scale * per_row;
-  args.hard_scale = options.hard_scale * per_row;
+  const double factor = reciprocal(op, options.divisor);
+  args.soft_scale = options.soft_scale * factor;
+  args.hard_scale = options.hard_scale * factor;
   return args;
 }
 
@@ -174,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(Tensor student,
                                                              Tensor teacher KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER),
                                                              bool grad_student, bool grad_teacher,
                                                              bool grads_in_forward) {
-  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  const LossArguments options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
   DistillationArgs args = distillation_args("distillation_loss", student, teacher, options);
   const bool reduce = options.divisor.has_value();
   const ScalarType acc = scalar_type_of(args.acc_dtype());
@@ -217,7 +222,7 @@ std::tuple<Tensor, Tensor> distillation_loss_backward(Tensor grad_output, Tensor
                                                       Tensor row_constants KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER),
                                                       bool grad_student, bool grad_teacher) {
   const char* op = "distillation_loss_backward";
-  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  const LossArguments options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
   DistillationArgs args = distillation_args(op, student, teacher, options);
   set_backward(args, op, grad_output, row_constants, student);
   args.wanted = {grad_student, grad_teacher};
@@ -233,7 +238,7 @@ template <typename Device>
 Tensor distillation_loss_backward_(Tensor grad_output, Tensor student, Tensor teacher,
                                    Tensor row_constants KLDIV_LOSS_OPTIONS(KLDIV_PARAMETER), bool grad_teacher) {
   const char* op = "distillation_loss_backward_";
-  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  const LossArguments options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
   DistillationArgs args = distillation_args(op, student, teacher, options);
   set_backward(args, op, grad_output, row_constants, student);
   args.wanted = {true, grad_teacher};
@@ -249,7 +254,7 @@ void distillation_loss_out(Tensor student, Tensor teacher KLDIV_LOSS_OPTIONS(KLD
                            std::optional<Tensor> grad_output, Tensor row_loss, std::optional<Tensor> student_gradient,
                            std::optional<Tensor> teacher_gradient) {
   const char* op = "distillation_loss_out";
-  const LossOptions options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
+  const LossArguments options{KLDIV_LOSS_OPTIONS(KLDIV_ARGUMENT)};
   DistillationArgs args = distillation_args(op, student, teacher, options);
   const ScalarType acc = scalar_type_of(args.acc_dtype());
   check_rows(op, "row_loss", row_loss, acc, args.rows, student);
@@ -274,7 +279,7 @@ void distillation_loss_out(Tensor student, Tensor teacher KLDIV_LOSS_OPTIONS(KLD
 
 template <typename Device>
 Tensor token_stats(Tensor student, Tensor teacher KLDIV_STATS_OPTIONS(KLDIV_PARAMETER)) {
-  const StatsOptions options{KLDIV_STATS_OPTIONS(KLDIV_ARGUMENT)};
+  const StatsArguments options{KLDIV_STATS_OPTIONS(KLDIV_ARGUMENT)};
   TokenStatsArgs args;
   set_logits(args, "token_stats", student, teacher, options);
   Tensor stats =
@@ -303,13 +308,14 @@ void scale_(Tensor gradient, Tensor factor) {
   Device::scale(args, gradient);
 }
 
-inline PointwiseArgs pointwise_args(const Tensor& target, std::optional<int64_t> divisor, bool log_target) {
+inline PointwiseArgs pointwise_args(const char* op, const Tensor& target, std::optional<int64_t> divisor,
+                                    bool log_target) {
   PointwiseArgs args;
   args.target = matrix(target);
   args.rows = rows_of(target);
   args.columns = columns_of(target);
   args.log_target = log_target;
-  args.scale = 1 / static_cast<double>(divisor.value_or(1));
+  args.scale = reciprocal(op, divisor);
   return args;
 }
 
@@ -323,7 +329,7 @@ inline void flatten_if(PointwiseArgs& args, bool contiguous) {
 template <typename Device>
 Tensor kl_div(Tensor input, Tensor target, std::optional<int64_t> divisor, bool log_target) {
   check_pair("kl_div", input, target);
-  PointwiseArgs args = pointwise_args(target, divisor, log_target);
+  PointwiseArgs args = pointwise_args("kl_div", target, divisor, log_target);
   args.input = matrix(input);
   flatten_if(args, input.is_contiguous() && target.is_contiguous());
   const ScalarType acc = scalar_type_of(args.acc_dtype());
@@ -347,7 +353,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(Tensor grad_output, std::optional<Ten
                                            std::optional<int64_t> divisor, bool log_target, bool grad_input,
                                            bool grad_target) {
   const char* op = "kl_div_backward";
-  PointwiseArgs args = pointwise_args(target, divisor, log_target);
+  PointwiseArgs args = pointwise_args(op, target, divisor, log_target);
   bool contiguous = target.is_contiguous();
   if (input.has_value()) {
     check_pair(op, *input, target);

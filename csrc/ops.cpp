@@ -27,8 +27,8 @@ STABLE_TORCH_LIBRARY(kldiv_ext, m) {
   m.def(
       "distillation_loss_backward_(Tensor grad_output, Tensor(a!) student, Tensor teacher, "
       "Tensor row_constants" KLDIV_LOSS ", bool grad_teacher) -> Tensor grad_teacher");
-  // Row losses, and gradients times grad_output ([] or [rows]), in one call, into given tensors. A gradient may have
-  // another dtype than its logits, and may overwrite them.
+  // Row losses / divisor, and gradients times grad_output ([] or [rows]), in one call, into given tensors. A gradient
+  // may have another dtype than its logits, and may overwrite them.
   m.def("distillation_loss_out(Tensor student, Tensor teacher" KLDIV_LOSS
         ", Tensor? grad_output, Tensor(a!) row_loss, Tensor(b!)? grad_student, Tensor(c!)? grad_teacher) -> ()");
   // distillation_loss from hidden states [..., hidden]: logits are hidden @ weight.T + bias; a teacher without a weight

@@ -97,8 +97,9 @@ def _saved(ctx: Any) -> list[Any]:
 class DistillationLoss(torch.autograd.Function):
     """distillation_loss with its gradients.
 
-    The forward makes the gradients where that is free. The backward makes them from the row constants without a
-    reduction, in place, and in float16, where a gradient stored before the GradScaler's factor is applied underflows.
+    The forward makes the gradients where that is free. The backward makes them, from the row constants, in three cases:
+    without a reduction; in place; and in float16, where a gradient that is stored before the GradScaler's factor is
+    applied underflows.
     The logits are saved in every case, for a backward that is itself differentiated.
     """
 

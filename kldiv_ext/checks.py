@@ -261,7 +261,7 @@ def check_per_position(name: str, tensor: object, like: Argument, dtypes: tuple[
     check_device(name, tensor, like)
 
 
-class Rows(NamedTuple):
+class RowArguments(NamedTuple):
     """Everything that differs from position to position, as operators take it."""
 
     labels: Tensor | None  # [rows], where there is a cross entropy
@@ -300,7 +300,7 @@ def loss_arguments(
     num_items: int | Tensor | None,
     options: LossOptions,
     composite: bool,
-) -> tuple[Rows, OperatorOptions]:
+) -> tuple[RowArguments, OperatorOptions]:
     """Check the arguments that have one element per position, and return what an operator takes in their place.
 
     Where all rows count alike, the operator divides by the denominator of the reduction; elsewhere the denominator of
@@ -332,12 +332,12 @@ def loss_arguments(
         return torch.full((), num_items, dtype=torch.float64, device=device)  # a copy from the host would synchronize
 
     divisor = denominator(reduction, batch, count)
-    if isinstance(divisor, Tensor):
+    if isinstance(divisor, Tensor):  # a sum over positions, or a size while torch.jit.trace records
         # float64 is exact for counts; for weights the number of threads changes no digit that float32 keeps.
-        assert scale is not None
+        scale = torch.ones(batch, device=device) if scale is None else scale
         scale = torch.where(divisor == 0, 0, scale.double() / divisor)
         divisor = 1
-    rows = Rows(flat(labels, torch.int64) if hard_weight != 0 else None, flat(scale, dtype))
+    rows = RowArguments(flat(labels, torch.int64) if hard_weight != 0 else None, flat(scale, dtype))
     if rows.labels is not None and not composite:
         check_label_range(rows.labels, rows.scale, columns)
     return rows, operator_options(options, divisor if divisor is None else max(divisor, 1))

@@ -184,11 +184,11 @@ def distillation_loss(
 
     **divergences:
 
-    ``jsd`` at β = 0 and 1, and ``alpha`` at α = 1 and 0, are forward and reverse KL, as in TRL and Liger.
+    At β = 0 and 1 ``jsd`` is forward and reverse KL, as in TRL and Liger. At α = 1 and 0 so is ``alpha``.
 
     The result is deterministic, and a row's loss does not depend on the other rows. Sums and exponentials are float32,
-    or float64 for float64 logits. The call allocates only the requested gradients; for 16-bit gradients of divergences
-    other than forward KL, the CPU also uses up to half a megabyte per thread for each gradient.
+    or float64 for float64 logits. The call allocates the requested gradients and O(rows); for 16-bit gradients of
+    divergences other than forward KL, the CPU also uses up to half a megabyte per thread for each gradient.
 
     Args:
         student_logits: ``[..., V]`` float64, float32, float16 or bfloat16; any strides.

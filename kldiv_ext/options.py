@@ -215,13 +215,14 @@ def table(kind: type) -> dict[str, tuple[Any, Option]]:
     return _TABLES[kind]
 
 
-def completed(function: str, kind: type, given: Mapping[str, Any]) -> Any:
-    """`given` with the defaults of the other options of `kind`; raises for an unknown name or a wrong value."""
+def completed(function: str, kind: type, given: Mapping[str, Any], check: bool = True) -> Any:
+    """`given` with the defaults of the other options of `kind`; raises for an unknown name and, to check, a value."""
     known = table(kind)
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        known[name][1].check(name, value)
+        if check:
+            known[name][1].check(name, value)
     return {**{name: option.default for name, (_, option) in known.items()}, **given}
 
 
@@ -286,7 +287,8 @@ def takes(kind: type) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        annotations = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function)
+        annotations = {name: None if hint is type(None) else hint for name, hint in hints.items()}
         shown = []
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD:

@@ -181,8 +181,8 @@ def distillation_loss(
     num_items: int | Tensor | None = None,
     **options: Unpack[DistillationOptions],
 ) -> Tensor:
-    """`kldiv_ext.distillation_loss` in float64, written out; tensors are not checked, nothing is computed in place."""
-    chosen: DistillationOptions = completed("distillation_loss", DistillationOptions, options)
+    """`kldiv_ext.distillation_loss` in float64, written out; values are not checked, nothing is computed in place."""
+    chosen: DistillationOptions = completed("distillation_loss", DistillationOptions, options, check=False)
     temperature, divergence, reduction = chosen["temperature"], chosen["divergence"], chosen["reduction"]
     soft_weight = chosen["soft_weight"] * (temperature**2 if chosen["scale_by_temperature_squared"] else 1)
     hard_weight = chosen["hard_weight"]
@@ -223,8 +223,8 @@ def linear_distillation_loss(
     num_items: int | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> Tensor:
-    """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; tensors are not checked."""
-    chosen: LossOptions = completed("linear_distillation_loss", LossOptions, options)
+    """`kldiv_ext.linear_distillation_loss` in float64, with all logits at once; values are not checked."""
+    chosen: LossOptions = completed("linear_distillation_loss", LossOptions, options, check=False)
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = hidden.double() @ weight.double().t()
@@ -248,8 +248,8 @@ def token_stats(
     mask: Tensor | None = None,
     **options: Unpack[LogitsOptions],
 ) -> tuple[Tensor | None, ...]:
-    """What `kldiv_ext.token_stats` returns, in float64, written out; tensors are not checked."""
-    chosen: LogitsOptions = completed("token_stats", LogitsOptions, options)
+    """What `kldiv_ext.token_stats` returns, in float64, written out; values are not checked."""
+    chosen: LogitsOptions = completed("token_stats", LogitsOptions, options, check=False)
     counts = _counting(student_logits, labels, mask, chosen["ignore_index"])
     labels = None if labels is None else labels.masked_fill(~counts, 0)
     both = _both_effective(student_logits, teacher_logits, counts, chosen)

@@ -241,6 +241,7 @@ def backward(a: Any, b: Any, grad_output: Any, row_constants: Any, *needs_grad: 
     lambda a, b: forward(a, b, valid_vocab=0),
     lambda a, b: forward(a, b[:1], valid_vocab=6),
     lambda a, b: forward(a, b, divisor=0),
+    lambda a, b: torch.ops.kldiv_ext.kl_div(a, b, 0, True),
     lambda a, b: forward(a, b, divergence="kl"),
     lambda a, b: forward(a, b, logit_scale=(1.0,)),
     lambda a, b: forward(a, b, logit_softcap=()),

@@ -70,11 +70,6 @@ def placed(tensor: Tensor, offset: int) -> Tensor:
     return buffer[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def public(options: Options) -> Options:
-    """The same options for kldiv_ext's functions, where no softcap is None instead of 0."""
-    return {**options, "logit_softcap": tuple(cap or None for cap in options.get("logit_softcap", (0.0, 0.0)))}
-
-
 def oracle(
     student: Tensor,
     teacher: Tensor,
@@ -89,7 +84,7 @@ def oracle(
     leaves = [z.double().requires_grad_() for z in (student, teacher)]
     options |= {"beta": parameter, "skew": parameter, "alpha": parameter, "divergence": divergence}
     options |= {"soft_weight": scale, "hard_weight": hard_scale, "weight": row_scale}
-    losses = reference.distillation_loss(*leaves, reduction="none", **public(options))
+    losses = reference.distillation_loss(*leaves, reduction="none", **options)
     grad_student, grad_teacher = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     return {"row_loss": losses.detach(), "grad_student": grad_student, "grad_teacher": grad_teacher}
 
