@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, MIXES, Mix, make_pair, named, run
+from cases import DTYPES, MIXES, REDUCTIONS, Mix, make_pair, named, run
 from conftest import run_python
 from oracle import assert_equal
 from torch import Tensor
@@ -269,3 +269,13 @@ def test_caches(tmp_path: Path) -> None:
         else:
             assert counters["fxgraph_cache_hit"] == 2  # forward and backward
             assert cold[name]["counters"]["fxgraph_cache_miss"] >= 1  # some share one of their graphs
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore:Converting a tensor", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", [distillation_loss, functools.partial(kl_div, log_target=True)])
+def test_jit_trace_of_another_batch(function: Callable[..., Tensor], reduction: str) -> None:
+    reduced = functools.partial(function, reduction=reduction)
+    traced = torch.jit.trace(lambda s, t: reduced(s, t), make_pair(2, 3, 37), check_trace=False)
+    other = make_pair(7, 5, 37)
+    assert_close(traced(*other), reduced(*other))
