@@ -88,7 +88,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(call say,Installing PyTorch and the tools into $(VENV): several gigabytes the first time)
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/pip install "$(TORCH)" "setuptools>=77" wheel ninja
 	$(call say,Building kldiv_ext for $(TARGETS))
 	mkdir -p build
 	rm -f build/.built-* kldiv_ext/_C*.so
