@@ -77,8 +77,8 @@ def kl_div(
         log_target: whether ``target`` holds logarithms.
 
     Returns:
-        A scalar, or with ``reduction="none"`` a tensor of the inputs' shape, in their promoted dtype. Sums are
-        accumulated in float32, or float64 for float64 inputs.
+        Tensor: a scalar, or with ``reduction="none"`` a tensor of the inputs' shape, in their promoted dtype. Sums are
+            accumulated in float32, or float64 for float64 inputs.
 
     Raises:
         RuntimeError, TypeError, ValueError: what `torch.nn.functional.kl_div` raises.
@@ -202,8 +202,8 @@ def distillation_loss(
         **options: The keywords of `kldiv_ext.options.DistillationOptions`.
 
     Returns:
-        float32 (float64 if either input is): a scalar, or ``[...]`` with ``reduction="none"``. A loss over no positions
-        is 0 with zero gradients. Positions that do not count are never read and have zero gradients.
+        Tensor: float32 (float64 if either input is), a scalar or with ``reduction="none"`` ``[...]``. A loss over no
+            positions is 0 with zero gradients. Positions that do not count are never read and have zero gradients.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it and its value, before anything runs; with
@@ -303,9 +303,9 @@ def linear_distillation_loss(
         **options: The keywords of `kldiv_ext.options.LinearDistillationOptions`.
 
     Returns:
-        The `distillation_loss` of the logits. Every input that requires a gradient gets it, in its dtype, the teacher's
-        too. The CPU skips positions that do not count; a GPU skips only their loss, because finding them would
-        synchronize. Rows of a weight beyond ``valid_vocab`` are not read, and their gradients are 0.
+        Tensor: the `distillation_loss` of the logits. Every input that requires a gradient gets it, in its dtype, the
+            teacher's too. The CPU skips positions that do not count; a GPU skips only their loss, because finding them
+            would synchronize. Rows of a weight beyond ``valid_vocab`` are not read, and their gradients are 0.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `distillation_loss`; ValueError also for a
@@ -435,9 +435,9 @@ def token_stats(
         **options: The keywords of `kldiv_ext.options.LogitsOptions`.
 
     Returns:
-        A `TokenStats` of ``[...]`` tensors: float32 (float64 if either input is), and one bool. Where a position does
-        not count, values are 0 and False; such positions are never read. A position with a side that is all -inf, or
-        holds +inf or NaN, is NaN throughout.
+        TokenStats: ``[...]`` tensors, float32 (float64 if either input is) and one bool. Where a position does not
+            count, values are 0 and False; such positions are never read. A position with a side that is all -inf, or
+            holds +inf or NaN, is NaN throughout.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `distillation_loss` with ``hard_weight`` does.
