@@ -368,7 +368,7 @@ def linear_distillation_loss(
         autocast_dtype, max_workspace or DEFAULT_WORKSPACE.get(student_hidden.device.type, 1), chunk_size
     )
     needs_grad = [x is not None and x.requires_grad for x in models]
-    least = workspace.bytes_per_position(models, columns, (any(needs_grad[:3]), any(needs_grad[3:])))(1)
+    least = workspace.bytes_per_position(models, columns, (any(needs_grad[:3]), any(needs_grad[3:]))).total(1)
     if chunk_size is None and max_workspace is not None and least > max_workspace:
         raise ValueError(f"max_workspace must hold the logits of one position, {least} bytes, got {max_workspace}")
     if composite:

@@ -37,7 +37,7 @@ class BytesPerPosition(NamedTuple):
     logits: int  # logits with memory of their own
     parts: int  # of a chunk; only one part has such logits at a time
 
-    def __call__(self, positions: int) -> int:
+    def total(self, positions: int) -> int:
         """The bytes of a chunk of so many positions."""
         return positions * self.gradients + -(-positions // self.parts) * self.logits
 
@@ -45,7 +45,7 @@ class BytesPerPosition(NamedTuple):
         """(positions per chunk, positions per part of a chunk)"""
         size = chunk_size or max(1, int(max_workspace / (self.gradients + self.logits / self.parts)))
         if chunk_size is None:
-            while size > 1 and self(size) > max_workspace:  # the part was rounded up
+            while size > 1 and self.total(size) > max_workspace:  # the part was rounded up
                 size -= 1
             tile = TILE * self.parts
             if size >= tile:

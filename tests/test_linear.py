@@ -303,8 +303,8 @@ def test_chunk_sizes(bytes_per_position: tuple[int, int, int]) -> None:
     for positions, workspace in itertools.product((1, 5, 127, 128, 129, 4096, 65537), (5000, 10**5, 10**7)):
         size, part = need.chunk(positions, workspace, None)
         assert 1 <= part <= size <= positions and part * need.parts >= size
-        assert need(size) <= workspace or size == 1
-        assert size == positions or need(2 * size + 2 * linear.TILE * need.parts) > workspace
+        assert need.total(size) <= workspace or size == 1
+        assert size == positions or need.total(2 * size + 2 * linear.TILE * need.parts) > workspace
     assert need.chunk(10, 1, 7)[0] == 7
     assert need.chunk(10, 1, 70)[0] == 10
 
