@@ -1,5 +1,5 @@
-// The options of the operators, each once: its type in the schema, its type in C++, its name. Schemas, parameters and
-// the structs below are made from these lists.
+// The options of the operators, each once: its type in the schema, its type in C++, its name. ops.cpp makes the schemas
+// from these lists, operators.h the parameters and the structs.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@
   OPTION("int?", std::optional<int64_t>, valid_vocab)
 // clang-format on
 
-// Of the losses, and of token_stats.
+// The options of the losses, and those of token_stats.
 #define KLDIV_LOSS_OPTIONS(OPTION) \
   KLDIV_ROW_OPTIONS(OPTION)        \
   KLDIV_DIVERGENCE_OPTIONS(OPTION) \
@@ -38,7 +38,7 @@
   KLDIV_ROW_OPTIONS(OPTION)         \
   KLDIV_LOGITS_OPTIONS(OPTION)
 
-// What an option becomes: text of a schema, a parameter after others, an argument, a member.
+// An option as text of a schema, as a parameter after others, as an initializer, and as a member.
 #define KLDIV_SCHEMA(SCHEMA_TYPE, TYPE, NAME) ", " SCHEMA_TYPE " " #NAME
 #define KLDIV_PARAMETER(SCHEMA_TYPE, TYPE, NAME) , TYPE NAME
 #define KLDIV_ARGUMENT(SCHEMA_TYPE, TYPE, NAME) std::move(NAME),

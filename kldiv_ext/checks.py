@@ -319,20 +319,16 @@ def loss_arguments(
         if weight.requires_grad:
             raise ValueError("weight must not require a gradient; use reduction='none' and multiply")
         scale = weight.double() if scale is None else torch.where(scale, weight.double(), 0)
-    if num_items is not None and scale is None:
-        scale = torch.ones(batch, device=device)
 
     def count() -> int | Tensor:
-        if scale is None:
-            return math.prod(batch)
-        if num_items is None:
-            return scale.sum(dtype=torch.float64)
         if isinstance(num_items, Tensor):
             return num_items.double()
-        return torch.full((), num_items, dtype=torch.float64, device=device)  # a copy from the host would synchronize
+        if num_items is not None:  # a copy from the host would synchronize
+            return torch.full((), num_items, dtype=torch.float64, device=device)
+        return math.prod(batch) if scale is None else scale.sum(dtype=torch.float64)
 
     divisor = denominator(reduction, batch, count)
-    if isinstance(divisor, Tensor):  # a sum over positions, or a size while torch.jit.trace records
+    if isinstance(divisor, Tensor):  # num_items, a sum over positions, or a size that torch.jit.trace records
         # float64 is exact for counts; for weights the number of threads changes no digit that float32 keeps.
         scale = torch.ones(batch, device=device) if scale is None else scale
         scale = torch.where(divisor == 0, 0, scale.double() / divisor)

@@ -216,7 +216,10 @@ def table(kind: type) -> dict[str, tuple[Any, Option]]:
 
 
 def completed(function: str, kind: type, given: Mapping[str, Any], check: bool = True) -> Any:
-    """`given` with the defaults of the other options of `kind`; raises for an unknown name and, to check, a value."""
+    """`given` with the defaults of the other options of `kind`.
+
+    Raises for an unknown name, and with `check` for a wrong value.
+    """
     known = table(kind)
     for name, value in given.items():
         if name not in known:
